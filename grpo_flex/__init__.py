@@ -1,0 +1,1 @@
+"""GRPO-Flex: reinforcement learning for image and video generators, judged by a vision-language model."""
