@@ -1,0 +1,511 @@
+"""RunConfig and its parts: frozen dataclasses, validated as a whole, overridden by strict dotted names.
+
+Nothing here imports torch, Ray or diffusers: ``--help``, a bad override and ``--dry-run``'s first complaints
+answer in under a second. Variants (a generator, a sampler, an objective, a judge family, a reward) are objects
+in the configuration, each a frozen dataclass of its own file; there is no registry of names.
+
+A part checks itself with a ``problems()`` method that yields ``(field, complaint)``; ``RunConfig.validate``
+walks the tree, gives every complaint its full dotted name and raises one ``ConfigError`` with all of them.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import json
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, Union
+
+if TYPE_CHECKING:
+    from grpo_flex.advantages import Advantage
+    from grpo_flex.dynamics import Dynamics, Window
+    from grpo_flex.generators.base import Generator
+    from grpo_flex.objectives.base import Objective
+    from grpo_flex.pairing import PairPlan
+    from grpo_flex.rewards import Reward
+    from reward_server.families.base import Family
+
+Problem = tuple[str, str]
+C = TypeVar("C")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run. The message names the field, what it needs and the way out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Where prompts come from. Files are JSON lines: {"id", "text", "reference"?, "tags"?}."""
+
+    train: str
+    heldout: str
+    per_step: int = 8
+    """P: prompts per training step, one group each."""
+
+    def problems(self) -> Iterator[Problem]:
+        if self.per_step < 1:
+            yield "per_step", f"is {self.per_step}; a step needs at least 1 prompt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a group is sampled and which of its steps are trained."""
+
+    group_size: int = 16
+    """G: siblings of one prompt, compared with each other and with nobody else."""
+    steps: int = 10
+    """Denoising steps in training rollouts."""
+    eval_steps: int = 10
+    """Denoising steps of held-out samples (always plain ODE)."""
+    dynamics: Dynamics
+    window: Window
+    same_noise: bool = True
+    """Siblings start from the same initial noise and differ by the SDE's noise alone (Pref-GRPO's setting)."""
+
+    def problems(self) -> Iterator[Problem]:
+        if self.group_size < 2:
+            yield (
+                "group_size",
+                f"is {self.group_size}; group-relative advantages compare siblings, so it needs at least 2 "
+                "(with 1 every advantage would be 0 and nothing would be learnt)",
+            )
+        if self.steps < 2:
+            yield "steps", f"is {self.steps}; it needs at least 2: the last one is never trained"
+        if self.eval_steps < 1:
+            yield "eval_steps", f"is {self.eval_steps}; held-out pictures need at least 1 denoising step"
+        yield from (("window." + name, text) for name, text in self.window.fits(self.steps))
+        if self.same_noise and not self.dynamics.stochastic:
+            yield (
+                "same_noise",
+                "is true with a deterministic sampler: all siblings would be the same picture; set it to false",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """The LoRA adapter that is trained (peft)."""
+
+    rank: int = 32
+    alpha: float = 64.0
+    targets: tuple[str, ...] = ()
+    """Module-name suffixes; empty: the generator's own choice."""
+
+    def problems(self) -> Iterator[Problem]:
+        if self.rank < 1:
+            yield "rank", f"is {self.rank}; a LoRA adapter needs a rank of at least 1"
+        if self.alpha <= 0:
+            yield "alpha", f"is {self.alpha}; it scales the adapter and needs to be above 0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW and how many updates one rollout feeds."""
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+    warmup_steps: int = 0
+    updates_per_rollout: int = 1
+    """Optimiser steps per rollout; the prompts' groups are dealt out among them."""
+
+    def problems(self) -> Iterator[Problem]:
+        if not self.lr > 0:
+            yield "lr", f"is {self.lr}; it needs to be above 0"
+        if not self.max_grad_norm > 0:
+            yield (
+                "max_grad_norm",
+                f"is {self.max_grad_norm}; it needs to be above 0 (use a large number for no clipping)",
+            )
+        if self.warmup_steps < 0:
+            yield "warmup_steps", f"is {self.warmup_steps}; it cannot be negative"
+        if self.updates_per_rollout < 1:
+            yield "updates_per_rollout", f"is {self.updates_per_rollout}; it needs at least 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """Who compares the siblings, how it is reached, and what a failure may cost."""
+
+    family: Family
+    """The protocol: how to ask and how to read the reply (``reward_server.families``)."""
+    server: Any = None
+    """An object with ``start(log_dir) -> endpoints`` and ``stop()``: a judge that the run starts for itself."""
+    endpoints: tuple[str, ...] = ()
+    """Base URLs of judges that run already, e.g. ("http://10.0.0.5:8000/v1",)."""
+    model: str = "UnifiedReward"
+    """The model name that is served."""
+    api_key_env: str = "GRPO_FLEX_JUDGE_KEY"
+    """Name of the environment variable that holds the key; secrets never stand in a configuration."""
+    pairs: PairPlan
+    """Which ordered pairs of a group are asked."""
+    concurrency: int = 32
+    timeout_s: float = 60.0
+    """For one request."""
+    retries: int = 2
+    """Further tries of a request that timed out, dropped or met a 5xx; a 4xx is never tried again."""
+    backoff_s: float = 0.5
+    """Longest wait before the first retry; it doubles with each further one, and the wait is random below it."""
+    breaker_failures: int = 5
+    """After so many failures in a row an endpoint is left alone until a health probe succeeds."""
+    probe_s: float = 2.0
+    """Seconds between two health probes (GET /v1/models) of an endpoint that is left alone."""
+    patience_s: float = 15.0
+    """How long questions wait when no endpoint is healthy; then they are masked as "failed" at once."""
+    step_budget_s: float = 600.0
+    """For all the verdicts of one step; what is missing then is masked as "timeout"."""
+    temperature: float = 0.0
+    seed: int = 0
+    max_tokens: int = 2048
+    min_judged: float = 0.5
+    """A group with a smaller share of judged pairs is left out of the update."""
+    min_groups: float = 0.5
+    """With a smaller share of usable groups the run waits for the judge, and asks again."""
+    give_up_s: float = 1800.0
+    """How long to wait for a judge that is away before the run stops with a checkpoint."""
+
+    def problems(self) -> Iterator[Problem]:
+        if self.server is None and not self.endpoints:
+            yield (
+                "endpoints",
+                "is empty and judge.server is not set: give the URL of a running judge, or a server to start",
+            )
+        if self.server is not None and self.endpoints:
+            yield "endpoints", "is set together with judge.server: choose one"
+        for url in self.endpoints:
+            if not url.startswith(("http://", "https://")):
+                yield "endpoints", f"holds {url!r}; each needs to be a URL such as http://127.0.0.1:8000/v1"
+        for name in ("concurrency", "max_tokens", "breaker_failures"):
+            if getattr(self, name) < 1:
+                yield name, f"is {getattr(self, name)}; it needs at least 1"
+        for name in ("timeout_s", "step_budget_s", "give_up_s", "probe_s"):
+            if not getattr(self, name) > 0:
+                yield name, f"is {getattr(self, name)}; it needs to be above 0 seconds"
+        for name in ("min_judged", "min_groups"):
+            if not 0 <= getattr(self, name) <= 1:
+                yield name, f"is {getattr(self, name)}; it is a share, between 0 and 1"
+        for name in ("retries", "backoff_s", "patience_s"):
+            if getattr(self, name) < 0:
+                yield name, f"is {getattr(self, name)}; it cannot be negative"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Held-out samples: plain ODE, fixed noise, scored by what nobody optimises."""
+
+    every: int = 20
+    """Steps between evaluations; step 0 and the last step are always evaluated."""
+    scorer: Any
+    """A picklable callable ``(media uint8 [F,H,W,3], Prompt) -> {"name": value}``; logged as heldout/name."""
+    samples_per_prompt: int = 1
+    grid: int = 24
+    """Pictures in the before-and-after grid."""
+
+    def problems(self) -> Iterator[Problem]:
+        for name in ("every", "samples_per_prompt", "grid"):
+            if getattr(self, name) < 1:
+                yield name, f"is {getattr(self, name)}; it needs at least 1"
+        if not callable(self.scorer):
+            yield "scorer", f"is {self.scorer!r}; it needs to be callable as scorer(media, prompt)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Who sits where."""
+
+    rollout_workers: int = 2
+    rollout_cpus: float = 1.0
+    rollout_gpus: float = 0.0
+    learner_cpus: float = 1.0
+    learner_gpus: float = 0.0
+    threads_per_worker: int = 1
+    """Torch threads of a rollout worker and of held-out sampling. Part of the run's numerics: a matrix product's
+    order of summation depends on it."""
+    learner_threads: int = 2
+    ray_address: str = ""
+    """Empty: a cluster that is announced by RAY_ADDRESS, or else a local one that lives as long as the run."""
+
+    def problems(self) -> Iterator[Problem]:
+        for name in ("rollout_workers", "threads_per_worker", "learner_threads"):
+            if getattr(self, name) < 1:
+                yield name, f"is {getattr(self, name)}; it needs at least 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    every: int = 10
+    keep: int = 2
+
+    def problems(self) -> Iterator[Problem]:
+        for name in ("every", "keep"):
+            if getattr(self, name) < 1:
+                yield name, f"is {getattr(self, name)}; it needs at least 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wandb:
+    """Offline by default, online when WANDB_API_KEY is set; mode "disabled" writes nothing."""
+
+    mode: str = "auto"
+    project: str = "grpo-flex"
+    entity: str = ""
+
+    def problems(self) -> Iterator[Problem]:
+        if self.mode not in ("auto", "online", "offline", "disabled"):
+            yield "mode", f"is {self.mode!r}; it needs to be one of auto, online, offline, disabled"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One experiment. ``experiments/*.py`` return one from ``config()``."""
+
+    name: str
+    """Names the run's directory: runs/<name>/."""
+    steps: int
+    seed: int = 0
+    runs_dir: str = "runs"
+    generator: Generator
+    prompts: Prompts
+    sampling: Sampling
+    judge: Judge
+    reward: Reward
+    advantage: Advantage
+    objective: Objective
+    adapter: Adapter = field(default_factory=Adapter)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    evaluation: Evaluation
+    placement: Placement = field(default_factory=Placement)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    wandb: Wandb = field(default_factory=Wandb)
+
+    def problems(self) -> Iterator[Problem]:
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            yield "name", f"is {self.name!r}; it names a directory below runs_dir, so it needs a plain file name"
+        if self.steps < 1:
+            yield "steps", f"is {self.steps}; a run needs at least 1 training step"
+        if self.judge.family.candidates == 1 and getattr(self.reward, "compares", False):
+            yield (
+                "reward",
+                f"is {type(self.reward).__name__}, which counts wins, but judge.family {type(self.judge.family).__name__} "
+                "looks at one sibling at a time: no pair would ever be judged; use Pointwise, or a family that compares two",
+            )
+        if self.optimizer.updates_per_rollout > self.prompts.per_step:
+            yield (
+                "optimizer.updates_per_rollout",
+                f"is {self.optimizer.updates_per_rollout}, more than the {self.prompts.per_step} groups of a step "
+                "(prompts.per_step): some updates would have nothing to learn from",
+            )
+
+    def validate(self) -> None:
+        """Raise ConfigError with every complaint of every part, each under its dotted name."""
+        complaints = [f"{name} {text}" for name, text in _complaints(self)]
+        if complaints:
+            raise ConfigError("\n".join(complaints))
+
+
+def _complaints(part: Any, prefix: str = "") -> Iterator[Problem]:
+    mistyped = set()
+    for f in fields(part):
+        value = getattr(part, f.name)
+        hint = _hints(type(part)).get(f.name, Any)
+        if is_dataclass(value) and not isinstance(value, type):
+            yield from _complaints(value, f"{prefix}{f.name}.")
+        elif not _fits(value, hint):
+            mistyped.add(f.name)
+            yield f"{prefix}{f.name}", f"is {value!r}; it needs to be {_spell(hint)}"
+    if not mistyped and hasattr(part, "problems"):  # a part's own rules presume the right types
+        yield from ((prefix + name, text) for name, text in part.problems())
+
+
+# ---------------------------------------------------------------- overrides
+
+
+def override(config: C, assignments: Sequence[str]) -> C:
+    """Apply "dotted.field=value" strings, strictly.
+
+    >>> override(Optimizer(), ["lr=1e-5"]).lr
+    1e-05
+
+    Raises:
+        ConfigError: an unknown field (with the nearest known name), or a value of another type.
+    """
+    for assignment in assignments:
+        path, sep, text = assignment.partition("=")
+        if not sep:
+            raise ConfigError(f"'{assignment}' is not an override; write field=value, e.g. optimizer.lr=1e-5")
+        config = _assign(config, path.split("."), text, path)
+    return config
+
+
+def _assign(part: Any, names: list[str], text: str, path: str) -> Any:
+    name, *rest = names
+    known = [f.name for f in fields(part)]
+    if name not in known:
+        parent = path[: len(path) - len(".".join(names))]
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean '{parent}{near[0]}'?" if near else f"known here: {', '.join(parent + k for k in known)}"
+        raise ConfigError(f"no config field '{parent}{name}'; {hint}")
+    value = getattr(part, name)
+    nested = is_dataclass(value) and not isinstance(value, type)
+    if rest and not nested:
+        raise ConfigError(f"'{path}' goes too deep: '{name}' is {value!r}, which has no fields")
+    if rest:
+        return replace(part, **{name: _assign(value, rest, text, path)})
+    if nested:
+        inner = ", ".join(f"{path}.{f.name}" for f in fields(value))
+        raise ConfigError(
+            f"'{path}' is a {type(value).__name__} object; set one of its fields ({inner or 'it has none'}), or choose another object in the experiment file"
+        )
+    return replace(part, **{name: _read(text, _hints(type(part))[name], path)})
+
+
+def _read(text: str, hint: Any, path: str) -> Any:
+    if hint is str:
+        return text
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
+    except (ValueError, SyntaxError):
+        value = text
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if typing.get_origin(hint) is tuple:
+        value = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not _fits(value, hint):
+        raise ConfigError(f"{path}={text}: '{path}' needs {_spell(hint)}")
+    return value
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """Type hints of the plain fields; a variant's Protocol is not checked by name."""
+    found: dict[str, Any] = {}
+    for f in fields(cls):
+        try:
+            found[f.name] = typing.get_type_hints(
+                types.SimpleNamespace(__annotations__={f.name: f.type}),
+                vars(importlib.import_module(cls.__module__)),
+            )[f.name]
+        except NameError:  # a Protocol that is imported for type checkers only
+            found[f.name] = Any
+    return found
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, a) for a in args)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if len(args) == 2 and args[1] is Ellipsis:
+            return all(_fits(v, args[0]) for v in value)
+        return len(value) == len(args) and all(_fits(v, a) for v, a in zip(value, args, strict=True))
+    if origin is typing.Literal:
+        return value in args
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (str, bool):
+        return isinstance(value, hint)
+    return hint is not type(None) or value is None
+
+
+def _spell(hint: Any) -> str:
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "none"}
+    if hint in words:
+        return words[hint]
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    return str(hint).replace("typing.", "").replace("NoneType", "none")
+
+
+# ---------------------------------------------------------------- files
+
+
+def load_experiment(path: str | Path) -> RunConfig:
+    """Import an experiment file and call its ``config()``.
+
+    Raises:
+        ConfigError: no such file (with the nearest existing one), no ``config()``, or it returns something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"no experiment file '{path}'; {_nearest_file(path)}")
+    spec = importlib.util.spec_from_file_location(f"_experiment_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "config"):
+            raise ConfigError(f"{path} has no function config(); an experiment defines `def config() -> RunConfig`")
+        made = module.config()
+    except (SyntaxError, ImportError, TypeError, NameError, AttributeError) as error:
+        raise ConfigError(f"{path} makes no configuration: {type(error).__name__}: {error}") from error
+    if not isinstance(made, RunConfig):
+        raise ConfigError(f"config() in {path} returns {type(made).__name__}; it needs to return a RunConfig")
+    return made
+
+
+def _nearest_file(path: Path) -> str:
+    folder = path.parent if path.parent.is_dir() else Path("experiments")
+    there = sorted(p.name for p in folder.glob("*.py")) if folder.is_dir() else []
+    near = difflib.get_close_matches(path.name, there, n=1) or difflib.get_close_matches(path.name + ".py", there, n=1)
+    if near:
+        return f"did you mean '{folder / near[0]}'?"
+    return f"{folder} holds: {', '.join(there)}" if there else "give the path of an experiment file"
+
+
+def to_json(config: Any) -> str:
+    """The resolved configuration as JSON; every object carries its class under "type"."""
+    return json.dumps(_plain(config), indent=2)
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        cls = type(value)
+        return {"type": f"{cls.__module__}:{cls.__qualname__}"} | {
+            f.name: _plain(getattr(value, f.name)) for f in fields(value)
+        }
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    raise ConfigError(
+        f"{value!r} cannot be written to config.json: a configuration holds dataclasses, numbers, texts and tuples"
+    )
+
+
+def from_json(text: str) -> Any:
+    """The inverse of ``to_json``.
+
+    Raises:
+        ConfigError: not JSON, a class that no longer exists, or fields that it no longer has.
+    """
+    try:
+        return _revive(json.loads(text))
+    except (json.JSONDecodeError, ImportError, AttributeError, TypeError) as error:
+        raise ConfigError(f"config.json does not fit this version of the code: {error}") from error
+
+
+def _revive(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_revive(v) for v in value)
+    if isinstance(value, dict) and "type" in value:
+        module, _, name = value["type"].partition(":")
+        cls: Any = getattr(importlib.import_module(module), name)
+        if not dataclasses.is_dataclass(cls):
+            raise ConfigError(f"config.json names {value['type']}, which is not a configuration class")
+        return cls(**{k: _revive(v) for k, v in value.items() if k != "type"})
+    if isinstance(value, dict):
+        return {k: _revive(v) for k, v in value.items()}
+    return value
