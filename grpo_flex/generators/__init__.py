@@ -1,0 +1,1 @@
+"""Generators: FLUX and Wan behind one protocol."""

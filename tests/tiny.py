@@ -1,0 +1,75 @@
+"""Random tiny pipelines of the true classes, built in a second: for tests that need shapes, not skill."""
+
+# pyright: reportArgumentType=false
+# diffusers annotates its configurations by their defaults: block_out_channels is a "tuple[int]" to it.
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+WORDS = ["a", "red", "green", "blue", "circle", "square", "on", "black", "white", "background", "left", "of"]
+
+
+def _tokenizer(length: int) -> PreTrainedTokenizerFast:
+    vocabulary = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=length
+    )
+
+
+def tiny_flux(guidance_embeds: bool = False, seed: int = 0) -> FluxPipeline:
+    """A FluxPipeline with random weights: 32×32 pictures are 4 tokens of 16 channels."""
+    torch.manual_seed(seed)
+    words = len(WORDS) + 3
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 6, 6), guidance_embeds=guidance_embeds,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4, norm_num_groups=4, layers_per_block=1, sample_size=32, use_quant_conv=False,
+        use_post_quant_conv=False, mid_block_add_attention=False, shift_factor=0.1, scaling_factor=0.5,
+    )  # fmt: skip
+    clip = CLIPTextConfig(hidden_size=32, intermediate_size=37, num_attention_heads=4, num_hidden_layers=2, vocab_size=words,
+                          max_position_embeddings=16, pad_token_id=0, bos_token_id=1, eos_token_id=1)  # fmt: skip
+    t5 = T5Config(
+        vocab_size=words, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4, pad_token_id=0, eos_token_id=1
+    )
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=CLIPTextModel(clip),
+        tokenizer=_tokenizer(16),
+        text_encoder_2=T5EncoderModel(t5),
+        tokenizer_2=_tokenizer(16),
+        transformer=transformer,
+    )
+    for part in (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
+        part.eval()  # T5 has dropout
+    return pipeline
+
+
+def save_tiny_flux(folder: Path, guidance_embeds: bool = False) -> str:
+    """Save one and return its folder, as Flux(model=…) takes it."""
+    tiny_flux(guidance_embeds).save_pretrained(folder)
+    return str(folder)
+
+
+def write_prompts(path: Path, count: int) -> str:
+    """A prompts file over the tiny vocabulary."""
+    shapes, colours = ("circle", "square"), ("red", "green", "blue")
+    lines = [
+        json.dumps(
+            {"id": f"p{i}", "text": f"a {colours[i % 3]} {shapes[i % 2]} on a black background", "reference": {"n": i}}
+        )
+        for i in range(count)
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
