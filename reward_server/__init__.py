@@ -1,0 +1,1 @@
+"""The judge's side: protocols of the judge families, and hosting. Imports nothing of the trainer."""
