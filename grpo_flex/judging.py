@@ -1,0 +1,524 @@
+"""Asking the judge: one client for a whole run, in one event loop.
+
+A question shows the judge one sibling or an ordered pair. Every question ends as a ``Verdict``: "ok",
+"unparsed" (the reply does not plainly say who won), "timeout" or "failed", the last three with a named
+problem. Nothing that goes wrong with the judge raises, and nothing becomes a 0 or a ½.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import io
+import json
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from grpo_flex.endpoints import (
+    Endpoint,
+    EndpointPool,
+    JudgeUnreachable,
+    cache_counters,
+    check_endpoints,
+    hit_rates,
+    is_alive,
+)
+from grpo_flex.rewards import ANCHORS, overall_answers, win_rates
+from grpo_flex.rewards import anchor_answers as answers_of_anchor
+from grpo_flex.types import Prompt, RolloutGroup, Verdict, VerdictStatus
+from grpo_flex.verdicts import VerdictLog
+from reward_server.families.base import Completion
+
+if TYPE_CHECKING:
+    from grpo_flex.config import Judge
+
+__all__ = ["JudgeClient", "JudgeUnreachable", "check_endpoints", "judge_metrics", "judged_share"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Question:
+    step: int
+    prompt: Prompt
+    members: tuple[int, ...]
+    deadline: float
+    """``time.monotonic()`` after which nothing is sent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Outcome:
+    """One try of one request."""
+
+    status: VerdictStatus
+    """ok: a completion came, whatever it says."""
+    problem: str = ""
+    retry: bool = False
+    completion: Completion | None = None
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+class JudgeClient:
+    """Asks a judge; use it from one event loop, with ``async with`` or a final ``await close()``.
+
+    Args:
+        judge: The configuration's judge part.
+        verdict_path: Where every verdict is appended (``verdicts.jsonl.gz``).
+        endpoints: Base URLs; None: ``judge.endpoints``.
+    """
+
+    def __init__(self, judge: Judge, verdict_path: str | Path, endpoints: Sequence[str] | None = None) -> None:
+        self.judge_config = judge
+        self._urls = tuple(endpoints if endpoints is not None else judge.endpoints)
+        self._log = VerdictLog(verdict_path)
+        self._options = judge.family.options()
+        self._deadlines: dict[int, float] = {}
+        self._counts: Counter[str] = Counter()
+        self._caches: dict[str, float] = {}
+        self._session: Any = None
+        self._pool: EndpointPool | None = None
+        self._slots = asyncio.Semaphore(judge.concurrency)
+
+    async def __aenter__(self) -> JudgeClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Writes the last verdicts and closes the connections."""
+        self._log.flush()
+        if self._pool is not None:
+            await self._pool.close()
+            await self._session.close()
+            self._session = self._pool = None
+
+    # ------------------------------------------------------------ asking
+
+    async def judge(self, group: RolloutGroup, seed: int, previous: Sequence[Verdict] = ()) -> list[Verdict]:
+        """Verdicts of a finished group, ordered by members.
+
+        Args:
+            group: G siblings of one prompt.
+            seed: Chooses the pairs and their orders; the same seed asks the same questions.
+            previous: Verdicts of an earlier call, whose time may be spent: the step gets its whole budget
+                again, those that are "ok" are kept, and only the others are asked.
+        """
+        if previous:
+            self.renew_budget(group.step)
+        ready = [_done(media) for media in group.media_G]
+        return await self.judge_as_ready(group.prompt, group.step, ready, seed, previous)
+
+    async def judge_as_ready(
+        self,
+        prompt: Prompt,
+        step: int,
+        media_G: Sequence[Awaitable[np.ndarray]],
+        seed: int,
+        previous: Sequence[Verdict] = (),
+    ) -> list[Verdict]:
+        """The same for siblings that are still being made: each pair is asked as soon as both exist.
+
+        Args:
+            media_G: Awaitables of uint8 [F, H, W, 3]; each is encoded once, for all its questions.
+        """
+        known = {v.members: v for v in previous if v.status == "ok"}
+        encoded = [asyncio.ensure_future(self._encoded(media)) for media in media_G]
+        sources = await self._sources(prompt)
+        deadline = self._deadline(step)
+        try:
+            members = self._first_questions(len(encoded), seed)
+            while new := [m for m in members if m not in known]:
+                questions = [_Question(step=step, prompt=prompt, members=m, deadline=deadline) for m in new]
+                async with asyncio.TaskGroup() as tasks:
+                    asked = [tasks.create_task(self._verdict(q, sources, encoded)) for q in questions]
+                known |= {v.members: v for v in (task.result() for task in asked)}
+                members = self._more_questions(len(encoded), seed, list(known.values()))
+        finally:
+            for sibling in encoded:
+                sibling.cancel()
+        self._log.flush()
+        return [known[m] for m in sorted(known)]
+
+    def renew_budget(self, step: int) -> None:
+        """Gives a step its whole time again, for asking once more after an outage."""
+        self._deadlines.pop(step, None)
+
+    async def wait_until_healthy(
+        self, timeout_s: float, heartbeat: Callable[[float], None], every_s: float = 5.0
+    ) -> bool:
+        """Waits until a server answers; calls ``heartbeat(seconds waited)`` every ``every_s``."""
+        start = time.monotonic()
+        pool = self._connected()
+        while True:
+            alive = [e for e in pool.endpoints if await is_alive(self._session, e.url, 2.0)]
+            for endpoint in alive:
+                pool.revive(endpoint)
+            waited = time.monotonic() - start
+            if alive or waited > timeout_s:
+                return bool(alive)
+            heartbeat(waited)
+            await asyncio.sleep(min(every_s, max(0.1, timeout_s - waited)))
+
+    def counters(self) -> dict[str, float]:
+        """``judge/…`` counts of the client itself since the last call, then zeroed.
+
+        Requests sent, retries, breakers opened, and, where the server reports them, the share of prompt
+        tokens that its prefix cache served.
+        """
+        counts, self._counts = self._counts, Counter()
+        found = {f"judge/{name}": float(counts[name]) for name in ("requests", "retries")}
+        if self._pool is not None:
+            found["judge/breaker_openings"] = float(self._pool.openings)
+            self._pool.openings = 0
+        if counts["prompt_tokens"] and "cached_tokens" in counts:
+            found["judge/prefix_cache_hit_rate"] = counts["cached_tokens"] / counts["prompt_tokens"]
+        return found
+
+    async def cache_hit_rates(self) -> dict[str, float]:
+        """``judge/prefix_cache_hit_rate`` and ``judge/mm_cache_hit_rate`` since the last call, over all servers.
+
+        vLLM's own counts; empty where no server shows them.
+        """
+        pool = self._connected()
+        readings = [await cache_counters(self._session, e.url) for e in pool.endpoints]
+        total = {name: sum(r.get(name, 0.0) for r in readings) for r in readings for name in r}
+        rates = hit_rates(self._caches, total)
+        self._caches = total
+        return {f"judge/{name}": rate for name, rate in rates.items()}
+
+    # ------------------------------------------------------------ which questions
+
+    def _first_questions(self, group_size: int, seed: int) -> list[tuple[int, ...]]:
+        if self.judge_config.family.candidates == 1:
+            return [(i,) for i in range(group_size)]
+        return list(self.judge_config.pairs.pairs(group_size, seed))
+
+    def _more_questions(self, group_size: int, seed: int, verdicts: Sequence[Verdict]) -> list[tuple[int, ...]]:
+        if self.judge_config.family.candidates == 1:
+            return []
+        return list(self.judge_config.pairs.more(group_size, seed, overall_answers(verdicts)))
+
+    def _deadline(self, step: int) -> float:
+        if step not in self._deadlines:
+            # Groups of one step share one budget, which runs from the step's first group.
+            self._deadlines = {s: d for s, d in self._deadlines.items() if s >= step - 8}
+            self._deadlines[step] = time.monotonic() + self.judge_config.step_budget_s
+        return self._deadlines[step]
+
+    # ------------------------------------------------------------ media
+
+    async def _encoded(self, media: Awaitable[np.ndarray]) -> list[str]:
+        return await asyncio.to_thread(encode_media, await media, self.judge_config.family.frames)
+
+    async def _sources(self, prompt: Prompt) -> list[list[str]]:
+        """Pictures that stand before the candidates: what an editing prompt edits."""
+        if not self.judge_config.family.sources:
+            return []
+        if "source" not in prompt.reference:
+            raise ValueError(
+                f"prompt {prompt.id!r} has no reference['source']: the judge's family shows the picture that was edited, "
+                "so each line of the prompts file needs the path of one"
+            )
+        return [[await asyncio.to_thread(encode_file, str(prompt.reference["source"]))]]
+
+    # ------------------------------------------------------------ one question
+
+    async def _verdict(
+        self, question: _Question, sources: list[list[str]], encoded: Sequence[asyncio.Future[list[str]]]
+    ) -> Verdict:
+        media = [*sources, *[await encoded[i] for i in question.members]]
+        affinity = f"{question.step} {question.prompt.id}"  # a server keeps the pictures of the groups it sees
+        spent = 0.0
+        endpoint: Endpoint | None = None
+        outcome = _Outcome(status="timeout", problem="step budget spent")
+        for attempt in range(self.judge_config.retries + 1):
+            if attempt:
+                self._counts["retries"] += 1
+                await self._back_off(attempt, question.deadline)
+            tried, endpoint = await self._try(question, media, affinity, endpoint)
+            if tried is None:  # out of time or out of endpoints; keep what the last real try said
+                outcome = outcome if attempt else self._no_try(question)
+                break
+            outcome = tried
+            spent += tried.seconds
+            if not outcome.retry:
+                break
+        url = endpoint.url if endpoint else ""
+        verdict = replace(self._read(question, outcome), endpoint=url, seconds=spent)
+        self._log.add(question.step, question.prompt.id, question.prompt.text, verdict)
+        return verdict
+
+    def _no_try(self, question: _Question) -> _Outcome:
+        if time.monotonic() >= question.deadline:
+            return _Outcome(status="timeout", problem="step budget spent")
+        return _Outcome(status="failed", problem="no judge reachable")
+
+    async def _back_off(self, attempt: int, deadline: float) -> None:
+        """Full jitter: a uniformly random wait below base · 2^(attempt-1), so that retries spread out."""
+        longest = self.judge_config.backoff_s * 2 ** (attempt - 1)
+        await asyncio.sleep(max(0.0, min(random.uniform(0, longest), deadline - time.monotonic())))
+
+    async def _try(
+        self, question: _Question, media: list[list[str]], affinity: str, last: Endpoint | None
+    ) -> tuple[_Outcome | None, Endpoint | None]:
+        """One request, or (None, last) when there is no time or nobody to send it to."""
+        try:
+            async with asyncio.timeout(question.deadline - time.monotonic()):
+                await self._slots.acquire()
+        except TimeoutError:
+            return None, last
+        try:
+            pool = self._connected()
+            endpoint = await pool.choose(affinity, last, question.deadline)
+            left = min(self.judge_config.timeout_s, question.deadline - time.monotonic())
+            if endpoint is None or left <= 0:
+                return None, last
+            endpoint.in_flight += 1
+            start = time.monotonic()
+            try:
+                outcome = await self._post(endpoint, self._body(question, media), left)
+            finally:
+                endpoint.in_flight -= 1
+            pool.report(endpoint, alive=not outcome.retry)
+            return replace(outcome, seconds=time.monotonic() - start), endpoint
+        finally:
+            self._slots.release()
+
+    def _connected(self) -> EndpointPool:
+        if self._pool is None:
+            import aiohttp
+
+            key = os.environ.get(self.judge_config.api_key_env, "")
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0),  # the slots bound the requests
+                timeout=aiohttp.ClientTimeout(total=None),
+                headers={"Authorization": f"Bearer {key}"} if key else {},
+            )
+            self._pool = EndpointPool(
+                self._session,
+                self._urls,
+                breaker_failures=self.judge_config.breaker_failures,
+                probe_s=self.judge_config.probe_s,
+                patience_s=self.judge_config.patience_s,
+                slack=max(1, self.judge_config.concurrency // max(1, 2 * len(self._urls))),
+            )
+        return self._pool
+
+    def _body(self, question: _Question, media: list[list[str]]) -> bytes:
+        config = self.judge_config
+        body = {
+            "model": config.model,
+            "messages": config.family.request(question.prompt.text, media),
+            "temperature": config.temperature,
+            "seed": request_seed(config.seed, question.step, question.prompt.id, question.members),
+            "max_tokens": config.max_tokens,
+        }
+        return json.dumps(body | self._options).encode()
+
+    async def _post(self, endpoint: Endpoint, body: bytes, timeout_s: float) -> _Outcome:
+        import aiohttp
+
+        self._counts["requests"] += 1
+        headers = {"Content-Type": "application/json"}
+        try:
+            async with (
+                asyncio.timeout(timeout_s),
+                self._session.post(endpoint.url + "/chat/completions", data=body, headers=headers) as response,
+            ):
+                content = await response.read()
+        except TimeoutError:
+            return _Outcome(status="timeout", problem="request timed out", retry=True)
+        except aiohttp.ClientConnectorError:
+            return _Outcome(status="failed", problem="cannot connect", retry=True)
+        except aiohttp.ClientError:
+            return _Outcome(status="failed", problem="connection dropped", retry=True)
+        if response.status != 200:
+            # A 4xx is our own fault and would be answered the same way again.
+            return _Outcome(status="failed", problem=f"HTTP {response.status}", retry=response.status >= 500)
+        return self._completed(content)
+
+    def _completed(self, content: bytes) -> _Outcome:
+        try:
+            reply = json.loads(content)
+            choice = reply["choices"][0]
+            completion = Completion(
+                text=choice["message"].get("content") or "",
+                finish_reason=choice.get("finish_reason") or "",
+                first_token=_first_token(choice),
+            )
+            usage = reply.get("usage") or {}
+            self._count_tokens(usage)
+            tokens = int(usage.get("completion_tokens") or 0)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+            return _Outcome(status="failed", problem="not a chat completion")
+        return _Outcome(status="ok", completion=completion, tokens=tokens)
+
+    def _count_tokens(self, usage: Mapping[str, Any]) -> None:
+        self._counts["prompt_tokens"] += int(usage.get("prompt_tokens") or 0)
+        details = usage.get("prompt_tokens_details") or {}
+        if details.get("cached_tokens") is not None:
+            self._counts["cached_tokens"] += int(details["cached_tokens"])
+
+    def _read(self, question: _Question, outcome: _Outcome) -> Verdict:
+        if outcome.completion is None:
+            return Verdict(members=question.members, status=outcome.status, problem=outcome.problem)
+        reply = self.judge_config.family.read(outcome.completion)
+        return Verdict(
+            members=question.members,
+            status=reply.status,
+            winner=reply.winner,
+            dimensions=dict(reply.dimensions),
+            scores=dict(reply.scores),
+            rationale=outcome.completion.text,
+            problem=reply.problem,
+            tokens=outcome.tokens,
+        )
+
+
+async def _done(media: np.ndarray) -> np.ndarray:
+    return media
+
+
+def _first_token(choice: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
+    """(token, log-probability) of the likeliest first tokens, where the reply carries them."""
+    content = (choice.get("logprobs") or {}).get("content") or []
+    return tuple((str(t["token"]), float(t["logprob"])) for t in content[0]["top_logprobs"]) if content else ()
+
+
+def request_seed(seed: int, step: int, prompt_id: str, members: tuple[int, ...]) -> int:
+    """A 31-bit sampling seed of its own for each question, the same in every run."""
+    digest = hashlib.blake2b(f"{seed} {step} {prompt_id} {members}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def encode_media(media: np.ndarray, frames: int) -> list[str]:
+    """Data URLs (PNG) of ``frames`` uniformly spaced frames of uint8 [F, H, W, 3], or of all if there are fewer."""
+    from PIL import Image
+
+    chosen = frame_indices(len(media), frames)
+    return [_data_url(Image.fromarray(np.ascontiguousarray(media[i]))) for i in chosen]
+
+
+def frame_indices(available: int, wanted: int) -> list[int]:
+    """Uniformly spaced frame numbers, first and last included.
+
+    >>> frame_indices(33, 8), frame_indices(5, 1), frame_indices(3, 8)
+    ([0, 5, 9, 14, 18, 23, 27, 32], [2], [0, 1, 2])
+    """
+    if wanted == 1:
+        return [available // 2]
+    return sorted({round(float(x)) for x in np.linspace(0, available - 1, min(wanted, available))})
+
+
+def encode_file(path: str) -> str:
+    """Data URL of a picture file. Raises ValueError for a file that is no readable picture."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return _data_url(image.convert("RGB"))
+    except OSError as error:
+        raise ValueError(f"the source picture {path!r} cannot be read: {error}") from error
+
+
+def _data_url(image: Any) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)  # speed: the judge is near, and noise does not compress
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+# ---------------------------------------------------------------- figures
+
+
+def judged_share(verdicts: Sequence[Verdict]) -> float:
+    """Share of a group's questions that were answered; compare it with ``judge.min_judged``."""
+    return sum(v.status == "ok" for v in verdicts) / len(verdicts) if verdicts else 0.0
+
+
+def judge_metrics(groups: Sequence[Sequence[Verdict]]) -> dict[str, float]:
+    """``judge/…`` figures of a step from each group's verdicts.
+
+    ``parse_rate`` counts replies that were read among those that came; ``masked_share`` everything that is not
+    "ok"; ``order_consistency`` the pairs asked in both orders whose answers agree; latencies are
+    seconds on the wire, all tries together; ``kendall_w`` is the mean over groups of the agreement between overall and anchor ranks.
+    """
+    verdicts = [v for group in groups for v in group]
+    if not verdicts:
+        return {}
+    statuses = Counter[VerdictStatus](v.status for v in verdicts)
+    came = statuses["ok"] + statuses["unparsed"]
+    found = {
+        "judge/verdicts": float(len(verdicts)),
+        "judge/masked_share": 1 - statuses["ok"] / len(verdicts),
+        **{f"judge/{s}": float(statuses[s]) for s in ("ok", "unparsed", "timeout", "failed")},
+        "judge/latency_p50": float(np.percentile([v.seconds for v in verdicts], 50)),
+        "judge/latency_p95": float(np.percentile([v.seconds for v in verdicts], 95)),
+    }
+    if came:
+        found["judge/parse_rate"] = statuses["ok"] / came
+        found["judge/tokens_per_verdict"] = sum(v.tokens for v in verdicts) / came
+    problems = Counter(v.problem for v in verdicts if v.problem)
+    found |= {f"judge/problem/{name.replace(' ', '_')}": float(n) for name, n in sorted(problems.items())}
+    return found | _pair_metrics(groups)
+
+
+def _pair_metrics(groups: Sequence[Sequence[Verdict]]) -> dict[str, float]:
+    answers = [overall_answers(group) for group in groups]
+    flat = [winner for group in answers for _, _, winner in group]
+    found: dict[str, float] = {}
+    if flat:
+        found["judge/tie_rate"] = float(np.mean([w == 0.5 for w in flat]))
+    decided = [w for w in flat if w != 0.5]
+    if decided:
+        found["judge/first_position_win_rate"] = float(np.mean([w == 0.0 for w in decided]))
+    agreed = [a for group in answers for a in order_agreements(group)]
+    if agreed:
+        found["judge/order_consistency"] = float(np.mean(agreed))
+    concordances = [w for group in groups if (w := group_concordance(group)) is not None]
+    if concordances:
+        found["judge/kendall_w"] = float(np.mean(concordances))
+    return found
+
+
+def order_agreements(answers: Sequence[tuple[int, int, float]]) -> list[bool]:
+    """For each pair answered in both orders, whether the two answers name the same sibling (or both a tie)."""
+    given = {(i, j): winner for i, j, winner in answers}
+    return [given[i, j] == 1 - given[j, i] for i, j in given if i < j and (j, i) in given]
+
+
+def group_concordance(verdicts: Sequence[Verdict]) -> float | None:
+    """Kendall's W between the group's rankings by overall and by anchor win rate; None where undefined.
+
+    1: overall verdict and anchors rank the siblings alike; about 1/m for m unrelated rankings.
+    """
+    size = 1 + max((m for v in verdicts for m in v.members), default=-1)
+    sources = [overall_answers(verdicts), *(answers_of_anchor(verdicts, a) for a in ANCHORS)]
+    rates = [win_rates(answers, size) for answers in sources if answers]
+    whole = [r for r in rates if not np.isnan(r).any()]
+    return kendall_w(np.stack(whole)) if len(whole) >= 2 else None
+
+
+def kendall_w(ratings_MG: np.ndarray) -> float | None:
+    """Kendall's coefficient of concordance of M raters over G items, with the correction for ties.
+
+    W = (12 S) / (M²(G³ - G) - M·ΣT), S the sum of squared deviations of the items' rank sums and
+    T = Σ(t³ - t) over a rater's tied runs (Kendall & Gibbons, Rank Correlation Methods). None if all are tied.
+    """
+    from scipy.stats import rankdata
+
+    raters, items = ratings_MG.shape
+    ranks = np.stack([rankdata(r.round(12)) for r in ratings_MG])
+    spread = float(((ranks.sum(0) - raters * (items + 1) / 2) ** 2).sum())
+    runs = [np.unique(r, return_counts=True)[1] for r in ranks]
+    ties = sum(float((t**3 - t).sum()) for t in runs)
+    whole = raters**2 * (items**3 - items) - raters * ties
+    return 12 * spread / whole if whole > 0 else None

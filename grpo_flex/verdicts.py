@@ -1,0 +1,252 @@
+"""The record of every verdict: ``verdicts.jsonl.gz`` in the run's directory, written, cut back and read.
+
+The file is a chain of gzip members, each a batch of whole JSON lines that one ``write`` appended. ``zcat`` and
+any gzip reader take it as one file; a process that is killed loses at most the batch it was collecting, and a
+torn last member is cut off when the file is opened again.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import time
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from grpo_flex.types import Verdict
+
+FILE_NAME = "verdicts.jsonl.gz"
+BATCH_LINES, BATCH_SECONDS = 64, 5.0
+GZIP_MEMBER = 31  # zlib's window argument for one gzip member
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One line of the file: a verdict and what it was about."""
+
+    step: int
+    prompt_id: str
+    prompt: str
+    verdict: Verdict
+
+
+class VerdictLog:
+    """Appends verdicts; not for use from several processes at once."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lines: list[str] = []
+        self._since = time.monotonic()
+        _cut_torn_tail(self.path)
+
+    def add(self, step: int, prompt_id: str, prompt: str, verdict: Verdict) -> None:
+        """Takes one verdict; written with its batch, after at most 64 lines or at the first one after 5 s."""
+        line = {"step": step, "prompt_id": prompt_id, "prompt": prompt} | asdict(verdict)
+        self._lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        if len(self._lines) >= BATCH_LINES or time.monotonic() - self._since > BATCH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what was collected as one gzip member."""
+        self._since = time.monotonic()
+        if not self._lines:
+            return
+        member = gzip.compress("".join(self._lines).encode("utf-8", "surrogatepass"), compresslevel=6)
+        self._lines = []
+        # One unbuffered write: a kill leaves a whole member or a torn tail, never one inside the file.
+        with self.path.open("ab", buffering=0) as file:
+            file.write(member)
+
+
+def drop_from_step(path: str | Path, step: int) -> int:
+    """Takes out the verdicts of ``step`` and later, as a resume from a checkpoint needs; atomic.
+
+    Returns:
+        How many lines were dropped. A file that is not there has none.
+    """
+    path = Path(path)
+    if not path.exists():
+        return 0
+    partial, dropped = path.with_suffix(".partial"), 0
+    with partial.open("wb") as out:
+        for lines in _batches(path):
+            kept = [line for line in lines if json.loads(line)["step"] < step]
+            dropped += len(lines) - len(kept)
+            if kept:
+                out.write(gzip.compress(b"".join(kept)))
+        out.flush()
+        os.fsync(out.fileno())
+    partial.replace(path)
+    return dropped
+
+
+def read_verdicts(path: str | Path) -> Iterator[Entry]:
+    """Every verdict in the order of writing; a torn last batch is left out. Raises FileNotFoundError."""
+    for lines in _batches(Path(path)):
+        for line in lines:
+            yield _entry(json.loads(line))
+
+
+def _entry(record: dict[str, Any]) -> Entry:
+    about = {name: record.pop(name) for name in ("step", "prompt_id", "prompt")}
+    record["members"] = tuple(record["members"])
+    record["scores"] = {name: tuple(values) for name, values in record["scores"].items()}
+    return Entry(**about, verdict=Verdict(**record))
+
+
+def _batches(path: Path) -> Iterator[list[bytes]]:
+    for _, content in _members(path):
+        yield content.splitlines(keepends=True)
+
+
+def _members(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(end offset, content) of each whole gzip member; stops at a torn one."""
+    data, offset = path.read_bytes(), 0
+    while offset < len(data):
+        unpacker = zlib.decompressobj(GZIP_MEMBER)
+        try:
+            content = unpacker.decompress(memoryview(data)[offset:])
+        except zlib.error:
+            return
+        if not unpacker.eof:
+            return
+        offset = len(data) - len(unpacker.unused_data)
+        yield offset, content
+
+
+def _cut_torn_tail(path: Path) -> None:
+    if not path.exists():
+        return
+    end = 0
+    for end, _ in _members(path):  # noqa: B007  (the last value is what is wanted)
+        pass
+    if end < path.stat().st_size:
+        os.truncate(path, end)
+
+
+# ---------------------------------------------------------------- reading them
+
+
+Show = Literal["all", "disagreements", "unparsed", "masked"]
+
+
+def select(entries: Sequence[Entry], *, step: int | None = None, prompt: str = "", show: Show = "all") -> list[Entry]:
+    """The entries that a reader asked for, in the order of writing.
+
+    Args:
+        step: Only this step.
+        prompt: Only prompts with this id, or whose text contains this.
+        show: "disagreements": pairs asked in both orders whose answers name different siblings; "unparsed":
+            replies that could not be read; "masked": everything without a verdict.
+    """
+    chosen = [e for e in entries if step is None or e.step == step]
+    if prompt:
+        chosen = [e for e in chosen if prompt == e.prompt_id or prompt.casefold() in e.prompt.casefold()]
+    kept: dict[Show, Callable[[], list[Entry]]] = {
+        "all": lambda: chosen,
+        "disagreements": lambda: disagreements(chosen),
+        "unparsed": lambda: [e for e in chosen if e.verdict.status == "unparsed"],
+        "masked": lambda: [e for e in chosen if e.verdict.status != "ok"],
+    }
+    return kept[show]()
+
+
+def disagreements(entries: Sequence[Entry]) -> list[Entry]:
+    """Both entries of each pair whose two orders were answered differently, one after the other."""
+    asked: dict[tuple[int, str, tuple[int, ...]], list[Entry]] = defaultdict(list)
+    for e in entries:
+        if e.verdict.winner is not None and len(e.verdict.members) == 2:
+            asked[e.step, e.prompt_id, tuple(sorted(e.verdict.members))].append(e)
+    return [e for both in asked.values() if len({winner_of(x.verdict) for x in both}) > 1 for e in both]
+
+
+def winner_of(verdict: Verdict) -> int | None:
+    """The sibling that a pair's verdict names, or None for a tie."""
+    assert verdict.winner is not None
+    return None if verdict.winner == 0.5 else verdict.members[int(verdict.winner)]
+
+
+def main(
+    run_dir: str | Path,
+    *,
+    step: int | None = None,
+    prompt: str = "",
+    show: Show = "all",
+    limit: int = 20,
+    full: bool = False,
+) -> None:
+    """Prints a run's verdicts: figures by step, then the chosen verdicts (``full``: with the whole reply).
+
+    Raises:
+        ValueError: the run has no verdicts, or none fits.
+    """
+    from rich.console import Console
+
+    path = Path(run_dir) / FILE_NAME
+    if not path.is_file():
+        raise ValueError(f"no {FILE_NAME} in {run_dir}: give the directory of a run, e.g. runs/NAME")
+    entries = list(read_verdicts(path))
+    chosen = select(entries, step=step, prompt=prompt, show=show)
+    if not chosen:
+        raise ValueError(
+            f"none of the {len(entries)} verdicts in {path} fits (step={step}, prompt={prompt!r}, show={show})"
+        )
+    console = Console()
+    console.print(_step_table(chosen))
+    console.print(_verdict_table(chosen[:limit]) if not full else "")
+    for e in chosen[:limit] if full else []:
+        console.rule(f"step {e.step} · {e.prompt_id} · {_shown(e.verdict)}")
+        console.print(f"{e.prompt}\n{e.verdict.rationale or '(no reply)'}", markup=False, highlight=False)
+    if len(chosen) > limit:
+        console.print(f"{len(chosen) - limit} more; see them with a larger limit", style="dim")
+
+
+def _step_table(entries: Sequence[Entry]) -> Any:
+    from rich.table import Table
+
+    from grpo_flex.judging import judge_metrics
+
+    groups: dict[int, dict[str, list[Verdict]]] = defaultdict(lambda: defaultdict(list))
+    for e in entries:
+        groups[e.step][e.prompt_id].append(e.verdict)
+    keys = ("verdicts", "masked_share", "parse_rate", "order_consistency", "first_position_win_rate", "latency_p95")
+    table = Table("step", *(k.replace("_", " ") for k in keys), title="by step", title_justify="left")
+    for step, by_prompt in sorted(groups.items()):
+        found = judge_metrics(list(by_prompt.values()))
+        table.add_row(str(step), *(f"{found[f'judge/{k}']:.3g}" if f"judge/{k}" in found else "–" for k in keys))
+    return table
+
+
+def _verdict_table(entries: Sequence[Entry]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("step", "prompt", "shown", "verdict", "dimensions", "seconds", "what it said", title_justify="left")
+    for e in entries:
+        v = e.verdict
+        dims = " ".join(f"{name}:{_side(value, v.members)}" for name, value in v.dimensions.items())
+        said = Text(" ".join(v.rationale.split())[:160] or "–")
+        table.add_row(str(e.step), f"{e.prompt_id}\n{e.prompt}", _shown(v), _outcome(v), dims, f"{v.seconds:.2f}", said)
+    return table
+
+
+def _shown(verdict: Verdict) -> str:
+    return " vs ".join(map(str, verdict.members))
+
+
+def _outcome(verdict: Verdict) -> str:
+    if verdict.status != "ok":
+        return f"{verdict.status}: {verdict.problem}"
+    if verdict.winner is not None:
+        return _side(verdict.winner, verdict.members)
+    return " ".join(f"{name} {values[0]:.2f}" for name, values in verdict.scores.items())
+
+
+def _side(position: float, members: Sequence[int]) -> str:
+    return "tie" if position == 0.5 else str(members[int(position)])

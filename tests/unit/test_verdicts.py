@@ -1,0 +1,84 @@
+"""Reading a run's verdicts back: selections by hand, and what the command prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_flex.types import Verdict
+from grpo_flex.verdicts import FILE_NAME, Entry, VerdictLog, disagreements, main, read_verdicts, select
+
+
+def entry(step: int, prompt_id: str, members: tuple[int, int], winner: float | None, **more: Any) -> Entry:
+    status = more.pop("status", "ok")
+    verdict = Verdict(members=members, status=status, winner=winner, dimensions={}, **more)
+    return Entry(step=step, prompt_id=prompt_id, prompt=f"a picture of {prompt_id}", verdict=verdict)
+
+
+ENTRIES = [
+    entry(0, "cat", (0, 1), 0.0, rationale="[bold]Image 1[/bold] it is"),
+    entry(0, "cat", (1, 0), 0.0),  # names 1, where the other order named 0
+    entry(0, "dog", (0, 1), 0.0),
+    entry(0, "dog", (1, 0), 1.0),  # both orders name 0
+    entry(1, "cat", (0, 1), None, status="unparsed", problem="two answers", rationale="both!"),
+    entry(1, "cat", (1, 0), None, status="timeout", problem="request timed out"),
+    entry(1, "dog", (0, 1), 0.5),
+    entry(1, "dog", (1, 0), 0.5),
+    entry(2, "dog", (0, 1), 0.5),
+    entry(2, "dog", (1, 0), 0.0),
+]
+
+
+@pytest.mark.parametrize(
+    ("asked", "rows"),
+    [
+        ({}, range(10)),
+        ({"step": 1}, [4, 5, 6, 7]),
+        ({"prompt": "cat"}, [0, 1, 4, 5]),
+        ({"prompt": "Picture Of Dog", "step": 0}, [2, 3]),
+        ({"show": "unparsed"}, [4]),
+        ({"show": "masked"}, [4, 5]),
+        ({"show": "disagreements"}, [0, 1, 8, 9]),
+        ({"show": "disagreements", "step": 1}, []),
+    ],
+)
+def test_selections(asked: dict[str, Any], rows: Any) -> None:
+    assert select(ENTRIES, **asked) == [ENTRIES[k] for k in rows]
+
+
+def test_the_same_pair_of_two_prompts_or_steps_is_no_disagreement() -> None:
+    assert disagreements([ENTRIES[0], entry(0, "dog", (1, 0), 0.0), entry(1, "cat", (1, 0), 0.0)]) == []
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    log = VerdictLog(tmp_path / FILE_NAME)
+    for e in ENTRIES:
+        log.add(e.step, e.prompt_id, e.prompt, e.verdict)
+    log.flush()
+    return tmp_path
+
+
+def test_what_is_written_is_read_back(run_dir: Path) -> None:
+    assert list(read_verdicts(run_dir / FILE_NAME)) == ENTRIES
+
+
+def test_the_command_prints_figures_and_verdicts(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    main(run_dir, show="masked")
+    out = capsys.readouterr().out
+    assert "two answers" in out and "request timed out" in out and "a picture of dog" not in out
+    main(run_dir, step=0, limit=1, full=True)
+    out = capsys.readouterr().out
+    assert "[bold]Image 1[/bold] it is" in out and "3 more" in out
+
+
+def test_a_useless_question_has_one_clear_answer(run_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="none of the 10 verdicts"):
+        main(run_dir, step=7)
+    with pytest.raises(ValueError, match=f"no {FILE_NAME} in"):
+        main(tmp_path / "elsewhere")
