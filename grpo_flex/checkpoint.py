@@ -1,0 +1,102 @@
+"""Checkpoints: written aside, synced, renamed. A kill at any byte leaves the previous one valid."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+_STATE, _INFO = "learner.pt", "checkpoint.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or read; the message says which file, and the way out."""
+
+
+def save(run_dir: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Write checkpoints/step_<n>/ atomically and drop all but the newest ``keep``.
+
+    Args:
+        step: training steps completed.
+        state: the learner's state, tensors on the CPU.
+
+    Raises:
+        CheckpointError: no space or no permission; older checkpoints stay as they are.
+    """
+    import torch
+
+    folder = run_dir / "checkpoints" / f"step_{step:06d}"
+    aside = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        torch.save(state, aside / _STATE)
+        info = {"step": step, "sha256": _digest(aside / _STATE)}
+        (aside / _INFO).write_text(json.dumps(info))
+        for path in (aside / _STATE, aside / _INFO, aside):
+            _sync(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+        _sync(folder.parent)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError(
+            f"the checkpoint of step {step} could not be written to {folder}: {error}; earlier checkpoints are untouched: free space or fix permissions, then --resume"
+        ) from error
+    for old in complete(run_dir)[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def complete(run_dir: Path) -> list[Path]:
+    """The finished checkpoints, oldest first. Partial ones have another name and do not count."""
+    found = (p for p in (run_dir / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", p.name))
+    return sorted(p for p in found if (p / _INFO).is_file())
+
+
+def load(run_dir: Path) -> tuple[int, dict[str, Any]]:
+    """(steps completed, learner state) of the newest checkpoint.
+
+    Raises:
+        CheckpointError: none there, or the newest one is damaged (with the way back to the one before).
+    """
+    import torch
+
+    there = complete(run_dir)
+    if not there:
+        raise CheckpointError(f"{run_dir} has no checkpoint to resume from; start the run anew, without --resume")
+    newest = there[-1]
+    try:
+        info = json.loads((newest / _INFO).read_text())
+        intact = info["sha256"] == _digest(newest / _STATE)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(_damaged(newest, there, str(error))) from error
+    if not intact:
+        raise CheckpointError(_damaged(newest, there, "its checksum does not match"))
+    return int(info["step"]), torch.load(newest / _STATE, weights_only=True, map_location="cpu")
+
+
+def _damaged(newest: Path, there: list[Path], why: str) -> str:
+    way_out = (
+        f"remove it to resume from {there[-2].name}"
+        if len(there) > 1
+        else "no older one is kept, so the run has to start anew"
+    )
+    return f"the checkpoint {newest} is damaged ({why}); {way_out}"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

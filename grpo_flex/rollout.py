@@ -1,0 +1,174 @@
+"""The rollout worker: a prompt becomes a group of siblings, with the steps that will be trained.
+
+Knows nothing of Ray: ``cluster.py`` makes an actor of it. What it samples depends on (run seed, step, prompt,
+sibling) and the adapter alone, not on which worker does it or what it did before.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from grpo_flex.config import RunConfig
+from grpo_flex.dynamics import Ode, Selection, Step, step
+from grpo_flex.prompts import seed_for
+from grpo_flex.types import Adapter, Prompt, RolloutGroup, Sample, Trajectories
+from grpo_flex.weights import attach_adapter, write_adapter
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from grpo_flex.generators.base import Conditioning
+
+
+HELDOUT_BATCH = 16
+"""Held-out prompts in one batch. A constant: pictures must not depend on the number of workers."""
+
+
+class RolloutWorker:
+    """Holds the generator with an adapter, and samples groups and held-out pictures."""
+
+    def __init__(self, config: RunConfig, device: str = "cpu", name: str = "rollout-0") -> None:
+        import torch
+
+        torch.set_num_threads(config.placement.threads_per_worker)
+        self.config, self.name = config, name
+        self.model = config.generator.load(device)
+        attach_adapter(self.model, config.adapter, config.seed)
+        self._version = -1
+
+    def generate(self, step_index: int, prompt: Prompt, adapter: Adapter) -> RolloutGroup:
+        """Sample the G siblings of one prompt with the given adapter."""
+        import torch
+
+        began = time.perf_counter()
+        self.use(adapter)
+        config = self.config.sampling
+        seed = seed_for(self.config.seed, "rollout", step_index, prompt.id)
+        seeds = tuple(seed_for(seed, sibling) for sibling in range(config.group_size))
+        conditioning = self.model.encode([prompt.text])[0]
+        with torch.no_grad():
+            trajectories, final = self._sample(conditioning, step_index, seed, seeds)
+        return RolloutGroup(
+            step=step_index,
+            prompt=prompt,
+            conditioning=conditioning,
+            media_G=tuple(self.model.decode(final)),
+            trajectories=trajectories,
+            seeds_G=seeds,
+            policy_version=adapter.version,
+            worker=self.name,
+            seconds=time.perf_counter() - began,
+        )
+
+    def evaluate(self, prompts: Sequence[Prompt], adapter: Adapter) -> list[Sample]:
+        """Held-out samples: plain ODE from noise that is fixed for the whole run, scored. One batch."""
+        import torch
+
+        self.use(adapter)
+        config, seed = self.config.evaluation, self.config.seed
+        copies = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
+        seeds = [seed_for(seed, "heldout", p.id, i) for p in prompts for i in range(config.samples_per_prompt)]
+        with torch.no_grad():
+            conditioning = _together(self.model.encode([prompt.text for prompt in copies]))
+            media = self.model.decode(self.sample_ode(conditioning, seeds, self.config.sampling.eval_steps))
+        return [Sample(prompt=p, media=m, scores=config.scorer(m, p)) for p, m in zip(copies, media, strict=True)]
+
+    def use(self, adapter: Adapter) -> None:
+        """Load the adapter unless it is loaded already."""
+        if adapter.version != self._version:
+            write_adapter(self.model.transformer, adapter.tensors)
+            self._version = adapter.version
+
+    def sample_ode(self, conditioning: Conditioning, seeds: Sequence[int], steps: int) -> Tensor:
+        """Clean latents [len(seeds), N, C] by Euler steps of the ODE."""
+        x = self._noise(seeds)
+        for sigma, sigma_next in _intervals(self.model.sigmas(steps)):
+            x = step(Ode(), x, self.model.velocity(x, sigma, conditioning), sigma, sigma_next).next_sample
+        return x
+
+    def _sample(
+        self, conditioning: Conditioning, iteration: int, seed: int, seeds: Sequence[int]
+    ) -> tuple[Trajectories, Tensor]:
+        """The trained steps of a group, and its clean latents [G, N, C]."""
+        config, objective = self.config.sampling, self.config.objective
+        selection = config.window.select(config.steps, iteration, seed)
+        sigmas = self.model.sigmas(config.steps)
+        x = self._noise([seed] * len(seeds) if config.same_noise else seeds)
+        generators = [_generator(seed_for(s, "sde")) for s in seeds]
+        before: list[Tensor] = []
+        taken: list[Step] = []
+        for i, (sigma, sigma_next) in enumerate(_intervals(sigmas)):
+            now = self._step(x, sigma, sigma_next, conditioning, i in selection.stochastic, generators)
+            if i in selection.trained:
+                before.append(x)
+                taken.append(now)
+            x = now.next_sample
+        return _record(selection, sigmas, before, taken, objective.keeps_means, x if objective.keeps_final else None), x
+
+    def _step(
+        self,
+        x: Tensor,
+        sigma: float,
+        sigma_next: float,
+        conditioning: Conditioning,
+        stochastic: bool,
+        generators: list[torch.Generator],
+    ) -> Step:
+        v = self.model.velocity(x, sigma, conditioning)
+        if not stochastic:
+            return step(Ode(), x, v, sigma, sigma_next)
+        noise = _normal(self.model.latent_shape, generators).to(x.device)
+        return step(self.config.sampling.dynamics, x, v, sigma, sigma_next, noise=noise)
+
+    def _noise(self, seeds: Sequence[int]) -> Tensor:
+        """Initial noise, one draw a seed, made on the CPU so that every device gets the same numbers."""
+        return _normal(self.model.latent_shape, [_generator(seed_for(s, "start")) for s in seeds]).to(self.model.device)
+
+
+def _together(conditionings: Sequence[Conditioning]) -> Conditioning:
+    """Conditionings of different prompts as one batch (they are padded to one length)."""
+    import torch
+
+    return {name: torch.cat([c[name] for c in conditionings]) for name in conditionings[0]}
+
+
+def _intervals(sigmas: Sequence[float]) -> pairwise[tuple[float, float]]:
+    return pairwise(sigmas)
+
+
+def _generator(seed: int) -> torch.Generator:
+    import torch
+
+    return torch.Generator().manual_seed(seed)
+
+
+def _normal(shape: tuple[int, int], generators: Sequence[torch.Generator]) -> Tensor:
+    """One standard normal draw from each generator, [len(generators), *shape]: siblings never share a stream."""
+    import torch
+
+    return torch.stack([torch.randn(shape, generator=g) for g in generators])
+
+
+def _record(
+    selection: Selection,
+    sigmas: tuple[float, ...],
+    before: list[Tensor],
+    taken: list[Step],
+    keep_means: bool,
+    final: Tensor | None,
+) -> Trajectories:
+    import torch
+
+    return Trajectories(
+        latents_GKNC=torch.stack(before, dim=1),
+        next_latents_GKNC=torch.stack([s.next_sample for s in taken], dim=1),
+        steps_K=selection.trained,
+        sigmas=sigmas,
+        logprobs_GK=torch.stack([s.logprob for s in taken], dim=1),
+        means_GKNC=torch.stack([s.mean for s in taken], dim=1) if keep_means else None,
+        final_GNC=final,
+    )

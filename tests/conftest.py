@@ -1,0 +1,36 @@
+"""Shared fixtures. Tests never reach for a hub, a W&B server or a GPU unless marked."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import pytest
+
+from grpo_flex.config import RunConfig
+from tests.configs import tiny_config
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random tiny FLUX and prompts, made once."""
+    return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture
+def config(tiny_folder: Path) -> RunConfig:
+    return tiny_config(tiny_folder)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none here")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
