@@ -1,0 +1,170 @@
+"""Progress on a terminal and in a log, status.json, summary and status."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from grpo_flex.console import Console, duration, status, summary
+from tests.unit.run_stand_in import make_run
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_log_gets_plain_lines_not_more_often_than_every_ten_seconds() -> None:
+    out, clock = io.StringIO(), Clock()
+    with Console(100, 0, "shapes", out=out, clock=clock) as console:
+        for step in range(1, 26):
+            console.phase("rollout")
+            clock.now += 1.0
+            console.step(step, {"reward/mean": 0.5, "perf/rollout_s": 0.6, "perf/step_s": 1.0})
+    assert out.getvalue().splitlines() == [
+        "shapes: 0 of 100 steps done",
+        "step   1/100  reward 0.500  1.0 s/step  rollout 0.6  ETA 1 min 39 s",
+        "step  11/100  reward 0.500  1.0 s/step  rollout 0.6  ETA 1 min 29 s",
+        "step  21/100  reward 0.500  1.0 s/step  rollout 0.6  ETA 1 min 19 s",
+        "stopped at step 25 of 100",
+    ]
+
+
+def test_evaluations_the_last_step_and_notes_always_show() -> None:
+    out, clock = io.StringIO(), Clock()
+    with Console(12, 10, "shapes", out=out, clock=clock) as console:
+        console.step(11, {"reward/mean": 0.5})
+        console.step(12, {"reward/mean": 0.5, "heldout/exact": 0.1, "heldout/oracle": 0.75})
+        console.note("[bold] is no markup")
+    lines = out.getvalue().splitlines()
+    assert "held-out 0.750" in lines[2]
+    assert lines[-2:] == ["[bold] is no markup", "finished at step 12 of 12"]
+
+
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    out, clock = Terminal(), Clock()
+    with Console(10, 4, "shapes", out=out, clock=clock) as console:
+        console.phase("judge")
+        clock.now += 30
+        console.step(5, {"reward/mean": 0.512, "heldout/oracle": 0.61})
+        console.note("the [judge] is away")
+    shown = out.getvalue()
+    for part in ("shapes", "5/10", "judge", "reward 0.512", "0.610", "2 min 30 s", "the [judge] is away"):
+        assert part in shown
+
+
+def test_time_before_the_first_rollout_does_not_count_as_a_step() -> None:
+    clock = Clock()
+    console = Console(10, out=io.StringIO(), clock=clock)
+    console.phase("evaluate")
+    clock.now += 500
+    console.phase("rollout")
+    clock.now += 2
+    console.step(1, {})
+    assert console.eta_seconds == pytest.approx(18)
+
+
+def test_status_json_is_written_at_most_once_a_second_and_ends_with_the_last_state(tmp_path: Path) -> None:
+    clock, path = Clock(), tmp_path / "status.json"
+    with Console(10, 0, "shapes", run_dir=tmp_path, out=io.StringIO(), clock=clock) as console:
+        console.phase("rollout")
+        assert json.loads(path.read_text())["phase"] == "starting"
+        clock.now += 1.0
+        console.phase("judge")
+        assert json.loads(path.read_text())["phase"] == "judge"
+        console.step(3, {})
+        console.workers({"rollout-0": "sampling"})
+    state = json.loads(path.read_text())
+    assert (state["phase"], state["step"], state["total"], state["pid"]) == ("stopped", 3, 10, os.getpid())
+    assert state["workers"] == {"rollout-0": "sampling"}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0 s"), (59.6, "1 min 00 s"), (725, "12 min 05 s"), (12000, "3 h 20 min")]
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def printed(function, *args) -> str:
+    out = io.StringIO()
+    function(*args, out=out)
+    return out.getvalue()
+
+
+def test_summary_names_scores_and_places(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    (run / "adapter").mkdir()
+    (run / "adapter" / "pytorch_lora_weights.safetensors").touch()
+    text = printed(summary, run, "python -m grpo_flex train --resume runs/shapes")
+    assert "shapes: finished at step 20" in text
+    assert "oracle     0.500 → 0.800 (+0.300)" in text
+    assert str(run / "samples" / "before_after.png") in text
+    assert "pytorch_lora_weights.safetensors" in text
+    assert "report.html" not in text  # there is none yet
+    assert "continue   python -m grpo_flex train --resume runs/shapes" in text
+
+
+def test_summary_of_a_run_that_was_stopped_before_its_first_step(tmp_path: Path) -> None:
+    out = io.StringIO()
+    summary(make_run(tmp_path, upto=-1), out=out, stopped=True)
+    assert out.getvalue().strip() == "shapes: stopped at step 0"
+
+
+def test_status_of_a_living_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path, upto=8)
+    for step in (2, 10, 9):
+        (run / "checkpoints" / f"step_{step}").mkdir(parents=True)
+    clock = Clock()
+    with Console(20, 8, "shapes", run_dir=run, out=io.StringIO(), clock=clock) as console:
+        clock.now += 2
+        console.workers({"rollout-0": "sampling"})
+        clock.now += 2
+        console.judge({"http://127.0.0.1:8000/v1": "healthy"})
+        clock.now += 2
+        console.phase("update")
+        text = printed(status, run)
+    assert "step 8 of 20" in text and f"alive (pid {os.getpid()}" in text
+    assert "update, since 0 s ago" in text
+    assert "rollout 2.0 s · judge 1.0 s · update 0.6 s" in text
+    assert text.count("checkpoints/step_10") == 1
+    assert "rollout-0: sampling" in text and "http://127.0.0.1:8000/v1: healthy" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"pid": 2**22 + 1}, "dead without a farewell"),
+        ({"started": "12"}, "dead without a farewell"),  # the pid has been given to another process
+        ({"host": "elsewhere"}, "runs on another host"),
+        ({"phase": "finished"}, "ended"),
+    ],
+)
+def test_status_of_a_process_that_is_gone(tmp_path: Path, change: dict[str, object], expected: str) -> None:
+    run = make_run(tmp_path, upto=0)
+    console = Console(20, run_dir=run, out=io.StringIO())
+    console.phase("rollout")
+    path = run / "status.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert expected in printed(status, run)
+
+
+def test_status_without_status_json_and_of_no_run(tmp_path: Path) -> None:
+    text = printed(status, make_run(tmp_path, upto=0))
+    assert "step 0 of 20" in text and "wrote no status.json" in text and "none yet" in text
+    with pytest.raises(ValueError, match="no such directory"):
+        status(tmp_path / "nothing")
