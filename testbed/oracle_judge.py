@@ -1,0 +1,396 @@
+"""A judge that knows the truth: an HTTP server with OpenAI's chat API whose verdicts come from the oracle.
+
+It sees what any judge sees, the prompt's text and the pictures, and replies in the Flex format (two
+candidates) or with 1-5 scores (one candidate). Noise, position bias, latency and failures can be set, which
+makes it the perfect and the broken judge of tests and ablations.
+
+`python -m testbed.oracle_judge --port 0` serves on a free loopback port and prints its endpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import binascii
+import hashlib
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reward_server.families.flex import category_names
+
+if TYPE_CHECKING:
+    import numpy as np
+    from aiohttp import web
+
+    from testbed.oracle import Score
+
+MODEL = "UnifiedReward"
+CACHED_SCORES = 20_000
+NEAR = 0.02  # alignment differences below this are left to quality and composition
+START_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OracleJudge:
+    """Settings of the oracle judge; ``start`` runs it as a process of its own."""
+
+    noise: float = 0.0
+    """Probability that a reply's winners are coin tosses."""
+    position_bias: float = 0.0
+    """Probability that a reply favours the first candidate, whatever it shows."""
+    latency_s: float = 0.0
+    failure_rate: float = 0.0
+    """Probability of an HTTP 500."""
+    hang_rate: float = 0.0
+    """Probability that a request is never answered."""
+    drop_rate: float = 0.0
+    """Probability that the connection is closed without an answer."""
+    garbage_rate: float = 0.0
+    """Probability of a reply that is no verdict."""
+    seed: int = 0
+    port: int = 0
+    """0: any free port."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        for name in ("noise", "position_bias", "failure_rate", "hang_rate", "drop_rate", "garbage_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                yield name, f"is {getattr(self, name)}; it is a probability, between 0 and 1"
+        if self.latency_s < 0:
+            yield "latency_s", f"is {self.latency_s}; it cannot be negative"
+
+    def start(self, log_dir: str | Path) -> RunningJudge:
+        """Starts the server and waits until it answers; its output goes to ``log_dir/oracle_judge.log``.
+
+        Raises RuntimeError, with the log's end, if it does not come up within a minute.
+        """
+        log = Path(log_dir) / "oracle_judge.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        options = [f"--{f.name.replace('_', '-')}={getattr(self, f.name)}" for f in fields(self)]
+        command = [sys.executable, "-m", "testbed.oracle_judge", *options, f"--parent={os.getpid()}"]
+        path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # a Ctrl-C at the terminal is the run's, which still needs its judge
+                env={**os.environ, "PYTHONPATH": path},
+            )
+        return RunningJudge(process, _endpoint(process, log))
+
+
+class RunningJudge:
+    """A started oracle judge: ``endpoints``, ``pid`` and ``stop()``; also a context manager."""
+
+    def __init__(self, process: subprocess.Popen[bytes], endpoint: str) -> None:
+        self._process = process
+        self.endpoints: tuple[str, ...] = (endpoint,)
+        self.pid = process.pid
+
+    def stop(self) -> None:
+        """Ends the process; harmless when it has ended."""
+        self._process.terminate()
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+
+    def __enter__(self) -> RunningJudge:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def _endpoint(process: subprocess.Popen[bytes], log: Path) -> str:
+    """The endpoint that a starting server prints, once it is healthy."""
+    assert process.stdout is not None
+    endpoint = process.stdout.readline().decode().strip()
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    end = time.monotonic() + START_S
+    while endpoint and process.poll() is None and time.monotonic() < end:
+        try:
+            with opener.open(endpoint + "/models", timeout=5):
+                return endpoint
+        except urllib.error.URLError:
+            time.sleep(0.05)
+    process.kill()
+    process.wait()
+    raise RuntimeError(f"the oracle judge did not start; the end of {log}:\n{log.read_text()[-2000:]}")
+
+
+# ---------------------------------------------------------------- judging
+
+
+class Judging:
+    """Turns chat requests into replies. Scores are cached by content, so a picture is read once."""
+
+    def __init__(self, settings: OracleJudge) -> None:
+        self.settings = settings
+        self._scores: OrderedDict[bytes, Score] = OrderedDict()
+
+    def reply(self, body: Mapping[str, Any]) -> str:
+        """The reply's text. Raises ValueError for a request that this judge cannot read."""
+        text, urls = _content(body)
+        caption = prompt_of(text)
+        frames = _last_frames(urls, single="score the" in text.casefold())
+        scores = [self._score(url, caption) for url in frames]
+        rng = self._rng(body, frames)
+        if len(scores) == 1:
+            return point_reply(scores[0], rng if rng.random() < self.settings.noise else None)
+        winners = self._winners(scores[0], scores[1], rng)
+        return flex_reply(scores[0], scores[1], winners, "video" if len(urls) > 2 else "image")
+
+    def _rng(self, body: Mapping[str, Any], urls: Sequence[str]) -> random.Random:
+        """Chance that depends on the question alone, so that a run can be repeated."""
+        about = f"{self.settings.seed} {body.get('seed')} " + " ".join(str(hash_of(u)) for u in urls)
+        return random.Random(about)
+
+    def _score(self, url: str, caption: str) -> Score:
+        from testbed import oracle, scenes
+
+        key = hash_of(url) + caption.encode()
+        if key not in self._scores:
+            reference = scenes.reference(scenes.parse(caption))
+            self._scores[key] = oracle.score(decode(url), reference)
+            if len(self._scores) > CACHED_SCORES:
+                self._scores.popitem(last=False)
+        return self._scores[key]
+
+    def _winners(self, one: Score, two: Score, rng: random.Random) -> tuple[int, int, int, int]:
+        """Winners (0 or 1) by alignment, quality, aesthetics and overall."""
+        noisy, biased = rng.random() < self.settings.noise, rng.random() < self.settings.position_bias
+        tosses = [rng.randrange(2) for _ in range(4)]
+        if biased:
+            return (0, 0, 0, 0)
+        if noisy:
+            return (tosses[0], tosses[1], tosses[2], tosses[3])
+        overall = _better(*merit(one, two), tosses[3])
+        # The format knows no ties: an anchor without a difference goes with the overall winner, either order.
+        alignment = _better(one.alignment, two.alignment, overall)
+        quality = _better(one.quality, two.quality, overall)
+        return (alignment, quality, _better(one.composition, two.composition, overall), overall)
+
+
+def merit(one: Score, two: Score) -> tuple[float, float]:
+    """What decides overall: alignment, or quality and composition where alignment is as good as equal."""
+    if abs(one.alignment - two.alignment) >= NEAR:
+        return one.alignment, two.alignment
+    return one.quality + one.composition, two.quality + two.composition
+
+
+def _better(one: float, two: float, toss: int) -> int:
+    return toss if one == two else int(two > one)
+
+
+def hash_of(url: str) -> bytes:
+    """Content hash of a picture's data URL."""
+    return hashlib.blake2b(url.encode(), digest_size=16).digest()
+
+
+def decode(url: str) -> np.ndarray:
+    """uint8 [H, W, 3] of a data URL. Raises ValueError for anything else."""
+    import numpy as np
+    from PIL import Image, UnidentifiedImageError
+
+    head, _, data = url.partition(",")
+    if not head.startswith("data:image/"):
+        raise ValueError("pictures must be data URLs")
+    try:
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
+    except (UnidentifiedImageError, binascii.Error, OSError) as error:
+        raise ValueError(f"a picture cannot be read: {error}") from error
+
+
+def prompt_of(text: str) -> str:
+    """The generator's prompt in an instruction: what follows its last "Prompt:".
+
+    Raises ValueError where there is none.
+    """
+    _, found, prompt = text.rpartition("Prompt:")
+    if not found:
+        raise ValueError('the instruction has no line that begins with "Prompt:"')
+    return prompt.strip().strip('"').splitlines()[0].strip() if prompt.strip() else ""
+
+
+def _content(body: Mapping[str, Any]) -> tuple[str, list[str]]:
+    try:
+        parts = body["messages"][-1]["content"]
+        text = "\n".join(p["text"] for p in parts if p["type"] == "text")
+        urls = [p["image_url"]["url"] for p in parts if p["type"] == "image_url"]
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"not a chat request with pictures: {error!r}") from error
+    return text, urls
+
+
+def _last_frames(urls: Sequence[str], single: bool) -> list[str]:
+    """The last frame of each candidate: the oracle judges a clip by how it ends."""
+    if not urls:
+        raise ValueError("the request shows no picture")
+    if single or len(urls) == 1:
+        return [urls[-1]]
+    if len(urls) % 2:
+        raise ValueError(f"{len(urls)} pictures do not make two candidates")
+    return [urls[len(urls) // 2 - 1], urls[-1]]
+
+
+# ---------------------------------------------------------------- replies
+
+
+def flex_reply(one: Score, two: Score, winners: tuple[int, int, int, int], medium: str) -> str:
+    """The Flex family's JSON with the oracle's findings as reasons."""
+    noun = medium.capitalize()
+    values = [(one.alignment, two.alignment), (one.quality, two.quality), (one.composition, two.composition)]
+    findings = [(_misses(one), _misses(two)), ("", ""), ("", "")]
+    labels = ("Attributes of the prompt", "Sharpness and cleanness", "Composition")
+    categories = []
+    for k, name in enumerate(category_names(medium)):
+        first = _share(values[k], winners[k])
+        dim = {
+            "name": labels[k],
+            "reason_1": findings[k][0] or f"measures {values[k][0]:.2f}",
+            "reason_2": findings[k][1] or f"measures {values[k][1]:.2f}",
+            "score_1": first,
+            "score_2": 10 - first,
+        }
+        categories.append(
+            {
+                "name": f"{'ABC'[k]}. {name}",
+                "dims": [dim],
+                "cat_reason": f"{noun} {winners[k] + 1} measures better.",
+                "cat_winner": f"{noun} {winners[k] + 1}",
+            }
+        )
+    reason = "Alignment first; quality and composition where it is equal."
+    answer = {"categories": categories, "reason": reason, "winner": f"{noun} {winners[3] + 1}"}
+    return json.dumps(answer, separators=(",", ":"))
+
+
+def _misses(score: Score) -> str:
+    wrong = [name for name, holds in score.attributes.items() if not holds]
+    return "misses " + ", ".join(wrong) if wrong else "shows everything asked for"
+
+
+def _share(values: tuple[float, float], winner: int) -> int:
+    """The first candidate's points out of 10: more than 5 exactly if it wins."""
+    lead = min(4, round(4 * abs(values[0] - values[1])))
+    return 6 + lead if winner == 0 else 4 - lead
+
+
+def point_reply(score: Score, noise: random.Random | None) -> str:
+    """Three axes from 1 to 5, as UnifiedReward 2.0 writes them."""
+    values = (score.alignment, score.quality, score.composition)
+    marks = [1 + 4 * (noise.random() if noise else v) for v in values]
+    names = ("Alignment", "Coherence", "Style")
+    return "\n".join(f"{n} Score (1-5): {m:.2f}" for n, m in zip(names, marks, strict=True))
+
+
+# ---------------------------------------------------------------- server
+
+
+def application(settings: OracleJudge) -> web.Application:
+    """The HTTP application: /v1/models, /v1/chat/completions, /health."""
+    from aiohttp import web
+
+    judging = Judging(settings)
+    chance = random.Random(f"failures {settings.seed}")
+
+    async def models(_: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [{"id": MODEL, "object": "model"}]})
+
+    async def chat(request: web.Request) -> web.Response:
+        failure = await _fail(request, settings, chance)
+        if failure is not None:
+            return failure
+        try:
+            body = json.loads(await request.read())
+            garbage = chance.random() < settings.garbage_rate
+            text = "I like both. Image 1/2!" if garbage else judging.reply(body)
+        except ValueError as error:
+            return web.json_response({"error": {"message": str(error), "type": "BadRequestError"}}, status=400)
+        return web.json_response(completion(text, body.get("model", MODEL)))
+
+    app = web.Application(client_max_size=256 * 2**20)
+    app.router.add_get("/v1/models", models)
+    app.router.add_get("/health", models)
+    app.router.add_post("/v1/chat/completions", chat)
+    return app
+
+
+async def _fail(request: web.Request, settings: OracleJudge, chance: random.Random) -> web.Response | None:
+    from aiohttp import web
+
+    if settings.latency_s:
+        await asyncio.sleep(settings.latency_s)
+    if chance.random() < settings.failure_rate:
+        return web.json_response({"error": {"message": "simulated failure"}}, status=500)
+    if chance.random() < settings.drop_rate and request.transport is not None:
+        request.transport.abort()
+    if chance.random() < settings.hang_rate:
+        await asyncio.sleep(3600)
+    return None
+
+
+def completion(text: str, model: str) -> dict[str, Any]:
+    """A chat completion with rough token counts (four characters each)."""
+    message = {"role": "assistant", "content": text}
+    return {
+        "id": "oracle",
+        "object": "chat.completion",
+        "model": model,
+        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 0, "completion_tokens": max(1, len(text) // 4)},
+    }
+
+
+async def serve(settings: OracleJudge, parent: int | None) -> None:
+    """Serves until cancelled, or until the process ``parent`` is no longer this one's parent."""
+    from aiohttp import web
+
+    runner = web.AppRunner(application(settings), access_log=None)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", settings.port)
+    await site.start()
+    host, port = runner.addresses[0][:2]
+    print(f"http://{host}:{port}/v1", flush=True)
+    while parent is None or os.getppid() == parent:
+        await asyncio.sleep(0.5)
+    await runner.cleanup()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m testbed.oracle_judge", description=__doc__)
+    defaults = asdict(OracleJudge())
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    parser.add_argument("--parent", type=int, default=None, help=argparse.SUPPRESS)
+    options = vars(parser.parse_args(arguments))
+    parent = options.pop("parent")
+    settings = OracleJudge(**options)
+    for name, complaint in settings.problems():
+        parser.error(f"--{name.replace('_', '-')} {complaint}")
+    try:
+        asyncio.run(serve(settings, parent))
+    except KeyboardInterrupt:
+        return
+
+
+if __name__ == "__main__":
+    main()
