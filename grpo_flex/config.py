@@ -203,8 +203,9 @@ class Evaluation:
 
     every: int = 20
     """Steps between evaluations; step 0 and the last step are always evaluated."""
-    scorer: Any
-    """A picklable callable ``(media uint8 [F,H,W,3], Prompt) -> {"name": value}``; logged as heldout/name."""
+    scorer: Any = None
+    """A picklable callable ``(media uint8 [F,H,W,3], Prompt) -> {"name": value}``; logged as heldout/name.
+    None: held-out samples are drawn and shown, not scored."""
     samples_per_prompt: int = 1
     grid: int = 24
     """Pictures in the before-and-after grid."""
@@ -213,7 +214,7 @@ class Evaluation:
         for name in ("every", "samples_per_prompt", "grid"):
             if getattr(self, name) < 1:
                 yield name, f"is {getattr(self, name)}; it needs at least 1"
-        if not callable(self.scorer):
+        if self.scorer is not None and not callable(self.scorer):
             yield "scorer", f"is {self.scorer!r}; it needs to be callable as scorer(media, prompt)"
 
 
@@ -281,7 +282,7 @@ class RunConfig:
     objective: Objective
     adapter: Adapter = field(default_factory=Adapter)
     optimizer: Optimizer = field(default_factory=Optimizer)
-    evaluation: Evaluation
+    evaluation: Evaluation = field(default_factory=Evaluation)
     placement: Placement = field(default_factory=Placement)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     wandb: Wandb = field(default_factory=Wandb)
@@ -503,7 +504,7 @@ def _revive(value: Any) -> Any:
     if isinstance(value, dict) and "type" in value:
         module, _, name = value["type"].partition(":")
         cls: Any = getattr(importlib.import_module(module), name)
-        if not dataclasses.is_dataclass(cls):
+        if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
             raise ConfigError(f"config.json names {value['type']}, which is not a configuration class")
         return cls(**{k: _revive(v) for k, v in value.items() if k != "type"})
     if isinstance(value, dict):

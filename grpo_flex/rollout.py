@@ -75,7 +75,10 @@ class RolloutWorker:
         with torch.no_grad():
             conditioning = _together(self.model.encode([prompt.text for prompt in copies]))
             media = self.model.decode(self.sample_ode(conditioning, seeds, self.config.sampling.eval_steps))
-        return [Sample(prompt=p, media=m, scores=config.scorer(m, p)) for p, m in zip(copies, media, strict=True)]
+        return [
+            Sample(prompt=p, media=m, scores=config.scorer(m, p) if config.scorer else {})
+            for p, m in zip(copies, media, strict=True)
+        ]
 
     def use(self, adapter: Adapter) -> None:
         """Load the adapter unless it is loaded already."""

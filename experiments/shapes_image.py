@@ -1,0 +1,34 @@
+"""The main job: a tiny FLUX learns to obey its prompts from pairwise verdicts, on a plain two-core machine."""
+
+from grpo_flex.advantages import GroupRelative
+from grpo_flex.config import Adapter, Checkpoint, Evaluation, Judge, Optimizer, Prompts, RunConfig, Sampling
+from grpo_flex.dynamics import FastWindow, FlowSde
+from grpo_flex.generators.flux import Flux
+from grpo_flex.objectives.grpo import Grpo
+from grpo_flex.pairing import Budgeted
+from grpo_flex.rewards import WinRate
+from reward_server.families.flex import Flex
+from testbed.oracle import ShapesOracle
+from testbed.oracle_judge import OracleJudge
+
+
+def config() -> RunConfig:
+    return RunConfig(
+        name="shapes_image",
+        steps=100,
+        generator=Flux(model="testbed/tiny_flux", height=64, width=64, shift=3.0, max_sequence_length=16),
+        prompts=Prompts(
+            train="testbed/prompts/shapes_train.jsonl", heldout="testbed/prompts/shapes_heldout.jsonl", per_step=8
+        ),
+        sampling=Sampling(
+            group_size=16, steps=10, eval_steps=10, dynamics=FlowSde(a=0.7), window=FastWindow(size=3), same_noise=False
+        ),
+        judge=Judge(family=Flex(), server=OracleJudge(), pairs=Budgeted(share=0.4)),
+        reward=WinRate(),
+        advantage=GroupRelative(alpha=0.7),
+        objective=Grpo(clip=1e-3),
+        adapter=Adapter(rank=16, alpha=32),
+        optimizer=Optimizer(lr=1e-3),
+        evaluation=Evaluation(every=20, scorer=ShapesOracle()),
+        checkpoint=Checkpoint(every=10),
+    )

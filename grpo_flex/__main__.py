@@ -1,0 +1,153 @@
+"""The command line: train, evaluate, compare, report, verdicts, status."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from grpo_flex.config import ConfigError, RunConfig, load_experiment, override, to_json
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    sys.path.insert(0, str(Path.cwd()))  # experiments and testbed are imported from the working directory
+    try:
+        return arguments.run(arguments)
+    except ValueError as error:  # every message to the user is a ValueError: ConfigError, CheckpointError, …
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped at once; steps after the last checkpoint are not saved", file=sys.stderr)
+        return 130
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from grpo_flex.run import resumed_config, train
+
+    words = [w for w in arguments.experiment_and_overrides if w]
+    if arguments.resume:
+        words = words if not words or "=" in words[0] else words[1:]
+        resume = Path(arguments.resume)
+        config = resumed_config(resume, words)
+    else:
+        resume, config = None, _experiment(words)
+    config.validate()
+    if arguments.dry_run:
+        return _dry_run(config)
+    return train(config, resume)
+
+
+def _experiment(words: list[str]) -> RunConfig:
+    if not words or "=" in words[0]:
+        raise ConfigError("which experiment? e.g. python -m grpo_flex train experiments/shapes_image.py")
+    return override(load_experiment(words[0]), words[1:])
+
+
+def _dry_run(config: RunConfig) -> int:
+    """Everything that can be checked without starting anything."""
+    from grpo_flex.prompts import read_prompts
+
+    counts = {
+        name: len(read_prompts(getattr(config.prompts, name), f"prompts.{name}")) for name in ("train", "heldout")
+    }
+    print(to_json(config))
+    size = config.sampling.group_size
+    pairs = len(config.judge.pairs.pairs(size, 0))
+    print(
+        f"\n{config.name}: {config.steps} steps of {config.prompts.per_step} prompts × {size} siblings, "
+        f"{config.prompts.per_step * pairs} verdicts a step; {counts['train']} training and {counts['heldout']} held-out prompts. "
+        "Valid; nothing was started."
+    )
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from grpo_flex.evaluate import evaluate
+
+    return evaluate(
+        arguments.run_dir, arguments.adapter, arguments.experiment, Path(arguments.out) if arguments.out else None
+    )
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from grpo_flex.compare import compare
+
+    runs = [Path(r) for r in arguments.runs]
+    print(compare(runs, runs[0].parent / "comparison.png"))
+    return 0
+
+
+def _verdicts(arguments: argparse.Namespace) -> int:
+    from grpo_flex.verdicts import main as read
+
+    a = arguments
+    read(a.run_dir, step=a.step, prompt=a.prompt or "", show=a.show, limit=a.limit, full=a.full)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from grpo_flex.report import write_report
+
+    print(write_report(Path(arguments.run_dir)))
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from grpo_flex.console import status
+
+    status(arguments.run_dir)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="grpo_flex", description="RL for image and video generators, judged by a vision-language model."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="run an experiment, or resume one")
+    train.add_argument(
+        "experiment_and_overrides",
+        nargs="*",
+        metavar="EXPERIMENT [field=value …]",
+        help="e.g. experiments/shapes_image.py optimizer.lr=1e-4",
+    )
+    train.add_argument("--resume", metavar="RUN", help="continue runs/NAME from its newest checkpoint")
+    train.add_argument("--dry-run", action="store_true", help="check and print the configuration, start nothing")
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("evaluate", help="score a run's adapter, or any, on the held-out prompts")
+    evaluate.add_argument("run_dir", nargs="?", metavar="RUN", help="a run directory")
+    evaluate.add_argument("--adapter", metavar="PATH", help="a LoRA file or folder instead of the run's own")
+    evaluate.add_argument("--experiment", metavar="FILE", help="the experiment that says how, when no RUN is given")
+    evaluate.add_argument("--out", metavar="PNG", help="where the grid goes")
+    evaluate.set_defaults(run=_evaluate)
+
+    compare = commands.add_parser("compare", help="runs side by side: table and pictures")
+    compare.add_argument("runs", nargs="+", metavar="RUN")
+    compare.set_defaults(run=_compare)
+
+    verdicts = commands.add_parser(
+        "verdicts", help="read a run's verdicts: by step, by prompt, disagreements, unparsed"
+    )
+    verdicts.add_argument("run_dir", metavar="RUN")
+    verdicts.add_argument("--step", type=int, help="only this training step")
+    verdicts.add_argument("--prompt", metavar="ID", help="only this prompt")
+    verdicts.add_argument("--show", choices=("all", "disagreements", "unparsed", "masked"), default="all")
+    verdicts.add_argument("--limit", type=int, default=20, help="rows at the most")
+    verdicts.add_argument("--full", action="store_true", help="whole rationales")
+    verdicts.set_defaults(run=_verdicts)
+
+    for name, function, text in (
+        ("report", _report, "write RUN/report.html anew"),
+        ("status", _status, "what a run is doing"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("run_dir", metavar="RUN")
+        command.set_defaults(run=function)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""Score an adapter against the base model on the held-out prompts: a table and a before-and-after grid."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grpo_flex.config import Adapter as AdapterConfig
+from grpo_flex.config import ConfigError, RunConfig, from_json, load_experiment
+from grpo_flex.prompts import read_prompts
+from grpo_flex.types import Adapter, Prompt, Sample
+
+if TYPE_CHECKING:
+    from grpo_flex.rollout import RolloutWorker
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def evaluate(run_dir: str | None, adapter: str | None, experiment: str | None, out: Path | None) -> int:
+    """Print held-out scores of base model and adapter and write a grid; returns the exit status.
+
+    Raises:
+        ConfigError: neither a run nor an experiment, or no adapter where one was named.
+    """
+    config = _config(run_dir, experiment)
+    path = _adapter_file(run_dir, adapter)
+    tensors, adapter_config = read_lora(path)
+    heldout = read_prompts(config.prompts.heldout, "prompts.heldout")
+    from grpo_flex.rollout import RolloutWorker
+    from grpo_flex.run import quieten
+
+    quieten()
+    worker = RolloutWorker(replace(config, adapter=adapter_config))
+    after = _samples(worker, heldout, Adapter(version=1, tensors=tensors))
+    zero = {name: tensor * 0 for name, tensor in tensors.items()}  # B = 0: the base model
+    before = _samples(worker, heldout, Adapter(version=0, tensors=zero))
+    _print_table(before, after, path)
+    _write_grid(before, after, config.evaluation.grid, out or path.parent.parent / "samples" / "evaluate.png")
+    return 0
+
+
+def _config(run_dir: str | None, experiment: str | None) -> RunConfig:
+    if experiment:
+        config = load_experiment(experiment)
+    elif run_dir:
+        file = Path(run_dir) / "config.json"
+        if not file.is_file():
+            raise ConfigError(f"'{run_dir}' is no run directory (it has no config.json)")
+        config = from_json(file.read_text())
+    else:
+        raise ConfigError("evaluate what? Give a run directory, or --adapter PATH with --experiment FILE")
+    config.validate()
+    return config
+
+
+def _adapter_file(run_dir: str | None, adapter: str | None) -> Path:
+    path = Path(adapter) if adapter else Path(run_dir or ".") / "adapter"
+    path = path / LORA_FILE if path.is_dir() or not path.suffix else path
+    if not path.is_file():
+        raise ConfigError(f"no adapter at '{path}'; a run writes it when it ends or is stopped")
+    return path
+
+
+def read_lora(path: Path) -> tuple[dict[str, Any], AdapterConfig]:
+    """Tensors (peft's names) and shape of a LoRA file that the trainer, or diffusers, wrote.
+
+    Raises:
+        ConfigError: not a LoRA file of a transformer.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {
+                k.removeprefix("transformer."): file.get_tensor(k)
+                for k in list(file.keys())
+                if k.startswith("transformer.")
+            }
+            metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"'{path}' is no readable LoRA file: {error}") from error
+    ranks = {t.shape[0] for k, t in tensors.items() if k.endswith("lora_A.weight")}
+    if len(ranks) != 1:
+        raise ConfigError(f"'{path}' has no LoRA layers of one rank for the transformer (found ranks {sorted(ranks)})")
+    rank = ranks.pop()
+    targets = tuple(sorted({k.split(".lora_")[0] for k in tensors}))
+    return tensors, AdapterConfig(rank=rank, alpha=float(metadata.get("transformer.lora_alpha", rank)), targets=targets)
+
+
+def _samples(worker: RolloutWorker, prompts: Sequence[Prompt], adapter: Adapter) -> list[Sample]:
+    from grpo_flex.rollout import HELDOUT_BATCH
+
+    chunks = [prompts[i : i + HELDOUT_BATCH] for i in range(0, len(prompts), HELDOUT_BATCH)]
+    return [sample for chunk in chunks for sample in worker.evaluate(chunk, adapter)]
+
+
+def mean_scores(samples: Sequence[Sample]) -> dict[str, float]:
+    """Mean of every scorer's figure over the samples."""
+    return {name: sum(s.scores[name] for s in samples) / len(samples) for name in samples[0].scores}
+
+
+def _print_table(before: Sequence[Sample], after: Sequence[Sample], path: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{len(after)} held-out samples, adapter {path}")
+    for column in ("score", "base", "adapter", "change"):
+        table.add_column(column, justify="left" if column == "score" else "right")
+    base, tuned = mean_scores(before), mean_scores(after)
+    for name in base:
+        table.add_row(name, f"{base[name]:.3f}", f"{tuned[name]:.3f}", f"{tuned[name] - base[name]:+.3f}")
+    Console().print(table)
+
+
+def _write_grid(before: Sequence[Sample], after: Sequence[Sample], count: int, out: Path) -> None:
+    from grpo_flex import pictures
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    pairs = pictures.match(before[:count], after[:count])
+    for path in pictures.write_before_after(out.with_suffix(""), pairs, "base · with the adapter", 8.0):
+        print(f"pictures: {path}")

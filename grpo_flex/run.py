@@ -1,0 +1,188 @@
+"""From a configuration to a finished run directory: checks first, then the judge, the cluster and the loop."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grpo_flex import checkpoint, verdicts
+from grpo_flex.config import ConfigError, RunConfig, from_json, override, to_json
+from grpo_flex.prompts import PromptStream, read_prompts
+
+if TYPE_CHECKING:
+    from grpo_flex.train import Trainer
+    from grpo_flex.types import Prompt
+
+RESUME_ME = 75
+"""Exit status of an interrupted run (EX_TEMPFAIL): everything is saved, start it again with --resume."""
+SPACE_MB = 256
+"""Free space below which no run is started."""
+
+
+def resumed_config(run_dir: Path, overrides: Sequence[str]) -> RunConfig:
+    """The configuration of an earlier run, with overrides on top.
+
+    Raises:
+        ConfigError: the folder is no run.
+    """
+    path = run_dir / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"'{run_dir}' is no run directory (it has no config.json); give one like runs/shapes_image")
+    return override(from_json(path.read_text()), overrides)
+
+
+def train(config: RunConfig, resume: Path | None = None) -> int:
+    """Run an experiment to its end, or until it is interrupted. Returns the process's exit status.
+
+    Raises:
+        ConfigError, CheckpointError: nothing was started and nothing is left behind.
+    """
+    config.validate()
+    heldout = read_prompts(config.prompts.heldout, "prompts.heldout")
+    prompts = PromptStream(read_prompts(config.prompts.train, "prompts.train"), config.prompts.per_step, config.seed)
+    done, state = checkpoint.load(resume) if resume else (0, None)
+    if done >= config.steps:
+        raise ConfigError(f"{resume} has completed its {done} steps; to go on, give a larger number: steps={2 * done}")
+    with ExitStack() as stack:
+        run_dir = resume or stack.enter_context(_fresh_run_dir(config))
+        _say(f"{'resuming' if resume else 'starting'} {run_dir}: judge, rollout workers and learner …")
+        trainer = _assemble(stack, config, run_dir, prompts, heldout, done, state)
+        status = _run_to_the_end(trainer)
+    _finish(run_dir, config, status)
+    return status
+
+
+def _assemble(
+    stack: ExitStack,
+    config: RunConfig,
+    run_dir: Path,
+    prompts: PromptStream,
+    heldout: Sequence[Prompt],
+    done: int,
+    state: dict[str, Any] | None,
+) -> Trainer:
+    """Start everything; the stack stops it again in reverse order. Heavy imports happen here."""
+    quieten()
+    from grpo_flex.cluster import Cluster
+    from grpo_flex.console import Console
+    from grpo_flex.judging import check_endpoints
+    from grpo_flex.metrics import RunLog
+    from grpo_flex.train import Trainer
+
+    endpoints = config.judge.endpoints or stack.enter_context(_judge_server(config, run_dir))
+    for complaint in check_endpoints(endpoints, config.judge.model, _auth(config)):
+        _say(f"warning: {complaint}; going on with the other judges")
+    cluster = stack.enter_context(Cluster(config, run_dir, endpoints))
+    cluster.wait_until_ready()
+    if state is not None:
+        verdicts.drop_from_step(run_dir / verdicts.FILE_NAME, done)
+        cluster.load_learner_state(state)
+    (run_dir / "config.json").write_text(to_json(config))
+    log = stack.enter_context(RunLog(run_dir, config, done if state else None))
+    console = stack.enter_context(Console(config.steps, done, run_dir.name, run_dir=run_dir))
+    return Trainer(config, cluster, log, console, prompts=prompts, heldout=heldout, step=done)
+
+
+def _run_to_the_end(trainer: Trainer) -> int:
+    from grpo_flex.train import Interrupted, JudgeAway, signals
+
+    status = 0
+    with signals(trainer):
+        try:
+            trainer.run()
+        except (Interrupted, JudgeAway) as reason:
+            status = RESUME_ME
+            trainer.save()
+            trainer.console.note(f"stopped: {reason}" if str(reason) else "stopped on request")
+    trainer.cluster.save_adapter(trainer.log.run_dir / "adapter")
+    trainer.cluster.close_judge()
+    return status
+
+
+def _finish(run_dir: Path, config: RunConfig, status: int) -> None:
+    from grpo_flex.console import summary
+    from grpo_flex.report import write_report
+
+    write_report(run_dir)
+    again = f"python -m grpo_flex train --resume {run_dir}"
+    summary(run_dir, again + (f" steps={2 * config.steps}" if status == 0 else ""), stopped=status != 0)
+
+
+@contextmanager
+def _fresh_run_dir(config: RunConfig) -> Iterator[Path]:
+    """runs/<name>, or runs/<name>-2 … if that exists; removed again if no step 0 was ever logged in it.
+
+    Raises:
+        ConfigError: no permission or too little space below ``runs_dir``.
+    """
+    parent = Path(config.runs_dir)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(parent).free // 2**20
+        if free < SPACE_MB:
+            raise ConfigError(
+                f"runs_dir '{parent}' has {free} MB free; a run needs at least {SPACE_MB} MB for pictures, verdicts and "
+                "checkpoints: free some, or give another place with runs_dir=…"
+            )
+        run_dir = _unused(parent / config.name)
+        run_dir.mkdir()
+    except OSError as error:
+        raise ConfigError(
+            f"runs_dir '{parent}' cannot be written to ({error.strerror}); give another place with runs_dir=…"
+        ) from error
+    try:
+        yield run_dir
+    finally:
+        if not _has_metrics(run_dir):
+            shutil.rmtree(run_dir)
+
+
+def _has_metrics(run_dir: Path) -> bool:
+    metrics = run_dir / "metrics.jsonl"
+    return metrics.is_file() and metrics.stat().st_size > 0
+
+
+def _unused(path: Path) -> Path:
+    number, candidate = 1, path
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
+
+
+@contextmanager
+def _judge_server(config: RunConfig, run_dir: Path) -> Iterator[tuple[str, ...]]:
+    server = config.judge.server.start(run_dir)
+    try:
+        yield server.endpoints
+    finally:
+        server.stop()
+
+
+def _auth(config: RunConfig) -> dict[str, str]:
+    key = os.environ.get(config.judge.api_key_env, "")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def quieten() -> None:
+    """Libraries' progress bars and hints are not this program's; they inherit to Ray's workers."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+
+
+_QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray announces a coming change of this default on every start
+    "WANDB_SILENT": "true",
+}

@@ -1,0 +1,243 @@
+"""THE loop: prompts -> groups -> verdicts -> rewards -> advantages -> update -> adapter."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import ray
+
+from grpo_flex import checkpoint
+from grpo_flex.cluster import Cluster
+from grpo_flex.config import RunConfig
+from grpo_flex.console import Console
+from grpo_flex.judging import judge_metrics
+from grpo_flex.metrics import RunLog, VerdictRow
+from grpo_flex.prompts import PromptStream, seed_for
+from grpo_flex.rewards import reward_metrics
+from grpo_flex.types import Prompt, RewardedGroup, RolloutGroup, UpdateBatch, Verdict
+
+if TYPE_CHECKING:
+    from grpo_flex.types import Adapter
+
+    GroupRef = ray.ObjectRef[RolloutGroup]
+    AdapterRef = ray.ObjectRef[Adapter]
+
+HEARTBEAT_S = 5.0
+"""Between two looks at a judge that is away."""
+POLL_S = 0.5
+"""How long a Ctrl-C may go unnoticed while the run waits."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM: the step in flight is given up, the steps before it are safe."""
+
+
+class JudgeAway(Exception):
+    """Too few verdicts for longer than ``judge.give_up_s``."""
+
+
+class Trainer:
+    """One run in progress. ``run`` is the loop; the other methods are its phases, in the order of the data path.
+
+    Args:
+        prompts: the stream of training prompts.
+        heldout: the prompts of the evaluations.
+        step: training steps completed so far (0, or the checkpoint's).
+    """
+
+    def __init__(
+        self, config: RunConfig, cluster: Cluster, log: RunLog, console: Console,
+        *, prompts: PromptStream, heldout: Sequence[Prompt], step: int,
+    ) -> None:  # fmt: skip
+        self.config, self.cluster, self.log, self.console = config, cluster, log, console
+        self.prompts, self.heldout, self.step = prompts, heldout, step
+        self._stop = False
+        self._batch: Sequence[Prompt] = ()
+        self._asked: list[ray.ObjectRef[list[Verdict]]] = []
+        self._example: tuple[GroupRef, RewardedGroup, Sequence[Verdict]] | None = None
+        self._seconds: dict[str, float] = {}
+
+    def run(self) -> None:
+        """Train until ``config.steps`` are completed.
+
+        Raises:
+            Interrupted, JudgeAway: after which ``save`` keeps every completed step.
+        """
+        adapter = self.cluster.publish()
+        if self.step == 0:
+            numbers = self.evaluate(adapter)
+            self.log.log(0, numbers)
+            self.console.step(0, numbers)
+        while self.step < self.config.steps:
+            began, self._seconds = time.perf_counter(), {}
+            groups = self.rollout(self.prompts.batch(self.step), adapter)
+            verdicts = self.judge(groups)
+            numbers = self.learn(groups, verdicts)
+            adapter = self.cluster.publish()
+            self.step += 1
+            if self.step % self.config.evaluation.every == 0 or self.step == self.config.steps:
+                numbers |= self.evaluate(adapter)
+                self.show_verdicts()
+            numbers |= {f"perf/{phase}_s": seconds for phase, seconds in self._seconds.items()}
+            numbers["perf/step_s"] = time.perf_counter() - began
+            self.log.log(self.step, numbers)
+            self.console.step(self.step, numbers)
+            if self.step % self.config.checkpoint.every == 0 or self.step == self.config.steps:
+                self.save()
+
+    # ------------------------------------------------------------ phases
+
+    def rollout(self, prompts: Sequence[Prompt], adapter: AdapterRef) -> list[GroupRef]:
+        """Groups of all prompts; asking the judge about each begins as soon as it exists."""
+        with self._phase("rollout"):
+            groups = self.cluster.generate(self.step, prompts, adapter)
+            self._batch = prompts
+            self._asked = [self._ask(group, prompt) for group, prompt in zip(groups, prompts, strict=True)]
+            self._wait(groups)
+        return groups
+
+    def judge(self, groups: Sequence[GroupRef]) -> list[list[Verdict]]:
+        """Verdicts of every group; waits for a judge that is away and asks again about what it missed."""
+        with self._phase("judge"):
+            verdicts = self._get(self._asked)
+            away_since = None
+            while len(missing := self._unusable(verdicts)) > self._spare(len(groups)):
+                away_since = away_since or time.monotonic()
+                self._hold_for_judge(time.monotonic() - away_since, len(missing), len(groups))
+                again = self._get([self._ask(groups[i], self._batch[i], verdicts[i]) for i in missing])
+                for i, verdict in zip(missing, again, strict=True):
+                    verdicts[i] = verdict
+            return verdicts
+
+    def learn(self, groups: Sequence[GroupRef], verdicts: Sequence[Sequence[Verdict]]) -> dict[str, float]:
+        """Verdicts -> rewards -> advantages -> update. Groups with too few verdicts are left out."""
+        config, unusable = self.config, set(self._unusable(verdicts))
+        usable = [i for i in range(len(groups)) if i not in unusable]
+        rewarded = [config.reward(config.sampling.group_size, verdicts[i], self._batch[i].id) for i in usable]
+        advantages, numbers = config.advantage(rewarded)
+        with self._phase("update"):
+            batch = UpdateBatch(
+                groups=tuple(groups[i] for i in usable),
+                advantages=tuple(advantages),
+                policy_versions=(self.step,) * len(usable),
+            )
+            result = self.cluster.update(batch, self.step)
+        self._example = (groups[usable[0]], rewarded[0], verdicts[usable[0]])
+        numbers |= (
+            reward_metrics(rewarded) | judge_metrics(verdicts) | self.cluster.judge_counters() | dict(result.metrics)
+        )
+        return numbers | {"judge/dropped_groups": float(len(unusable))}
+
+    def evaluate(self, adapter: AdapterRef) -> dict[str, float]:
+        """Mean scores of held-out samples, as heldout/<name>; pictures go to the log."""
+        with self._phase("evaluate"):
+            samples = list(self.cluster.evaluate(self.heldout, adapter))
+        self.log.samples(self.step, samples)
+        return {f"heldout/{name}": float(np.mean([s.scores[name] for s in samples])) for name in samples[0].scores}
+
+    def show_verdicts(self) -> None:
+        """One group of the step in W&B's table: prompt, picture, reward and what the judge said."""
+        if self._example:
+            group, rewarded, verdicts = self._example
+            self.log.verdict_table(self.step, verdict_rows(ray.get(group), rewarded, verdicts))
+
+    def save(self) -> Path:
+        """Write a checkpoint of the completed steps."""
+        with self._phase("save"):
+            return checkpoint.save(
+                self.log.run_dir, self.step, self.cluster.learner_state(), self.config.checkpoint.keep
+            )
+
+    # ------------------------------------------------------------ waiting
+
+    def stop(self) -> None:
+        """Ask the run to end at the next wait for rollouts or the judge."""
+        self._stop = True
+
+    def _ask(self, group: GroupRef, prompt: Prompt, previous: Sequence[Verdict] = ()) -> ray.ObjectRef[list[Verdict]]:
+        return self.cluster.judge(group, seed_for(self.config.seed, "pairs", self.step, prompt.id), previous)
+
+    def _unusable(self, verdicts: Sequence[Sequence[Verdict]]) -> list[int]:
+        """Indices of the groups with too small a share of judged pairs."""
+        need = self.config.judge.min_judged
+        return [i for i, vs in enumerate(verdicts) if not vs or sum(v.status == "ok" for v in vs) < need * len(vs)]
+
+    def _spare(self, groups: int) -> int:
+        """How many groups a step can do without; never all of them."""
+        return min(groups - 1, int(groups * (1 - self.config.judge.min_groups)))
+
+    def _hold_for_judge(self, away_s: float, missing: int, total: int) -> None:
+        """One heartbeat of waiting, and on until the judge answers its health probe."""
+        began = time.monotonic()
+        while True:
+            if away_s + time.monotonic() - began > self.config.judge.give_up_s:
+                raise JudgeAway(
+                    f"{missing} of {total} groups had too few verdicts for {self.config.judge.give_up_s:g} s (judge.give_up_s); "
+                    "bring the judge back, then resume"
+                )
+            self.console.note(f"step {self.step + 1}: {missing} of {total} groups lack verdicts; waiting for the judge")
+            self._pause(HEARTBEAT_S)
+            if self.cluster.judge_is_healthy():
+                return
+
+    def _wait(self, refs: Sequence[Any]) -> None:
+        """Until all references are there; notices a request to stop in between."""
+        pending = list(refs)
+        while pending:
+            self._check()
+            _, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_S, fetch_local=False)
+
+    def _get(self, refs: Sequence[Any]) -> list[Any]:
+        self._wait(refs)
+        return ray.get(list(refs))
+
+    def _pause(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            self._check()
+            time.sleep(min(POLL_S, left))
+
+    def _check(self) -> None:
+        if self._stop:
+            raise Interrupted
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        self.console.phase(name)
+        began = time.perf_counter()
+        yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
+
+
+def verdict_rows(group: RolloutGroup, rewarded: RewardedGroup, verdicts: Sequence[Verdict]) -> list[VerdictRow]:
+    """One row a sibling: its picture, its reward, and one verdict on it in the judge's words."""
+    rows = []
+    for i, (media, reward) in enumerate(zip(group.media_G, rewarded.rewards_G, strict=True)):
+        said = next((v for v in verdicts if i in v.members and v.status == "ok"), None)
+        text = f"{' vs '.join(map(str, said.members))}: {said.rationale}" if said else "not judged"
+        rows.append(VerdictRow(prompt=group.prompt.text, media=media, score=float(reward), verdict=text))
+    return rows
+
+
+@contextmanager
+def signals(trainer: Trainer) -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask the run to end; a second Ctrl-C ends it at once, without a checkpoint."""
+
+    def first(number: int, frame: FrameType | None) -> None:
+        trainer.console.note("stopping: the completed steps are being saved (press again to stop at once)")
+        trainer.stop()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {s: signal.signal(s, first) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,192 @@
+"""Whole runs over a real local Ray cluster with a real judge process, through the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_flex import checkpoint
+from grpo_flex.__main__ import main
+from grpo_flex.config import RunConfig, to_json
+from grpo_flex.metrics import read_metrics
+from grpo_flex.run import RESUME_ME
+from tests.configs import tiny_config
+
+VOLATILE = ("perf/", "judge/latency", "judge/requests", "judge/retries")
+"""Figures of the clock and the network; everything else has to repeat."""
+
+
+def experiment(folder: Path, **changes: Any) -> str:
+    """An experiment file for the command line, which imports a file and not an object."""
+    config = tiny_config(folder, **changes)
+    file = folder / f"exp_{config.name}.py"
+    saved = folder / f"exp_{config.name}.json"
+    saved.write_text(to_json(config))
+    file.write_text(
+        f"from pathlib import Path\nfrom grpo_flex.config import from_json\ndef config(): return from_json(Path({str(saved)!r}).read_text())\n"
+    )
+    return str(file)
+
+
+def numbers(run_dir: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if not k.startswith(VOLATILE)} for row in read_metrics(run_dir)]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps that was never stopped."""
+    folder = tmp_path_factory.mktemp("straight")
+    assert main(["train", experiment(folder, steps=4)]) == 0
+    return folder
+
+
+def test_a_complete_run_leaves_what_it_promises(straight: Path) -> None:
+    run_dir = straight / "runs" / "tiny"
+    rows = read_metrics(run_dir)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    for step in (0, 2, 4):
+        assert {"heldout/oracle", "heldout/exact"} <= rows[step].keys()
+    for row in rows[1:]:
+        assert {"reward/mean", "perf/rollout_s", "perf/judge_s", "perf/update_s", "judge/parse_rate"} <= row.keys()
+        assert all(v is not None for v in row.values())
+    assert rows[1]["policy/ratio"] == 1 and rows[1]["policy/log_ratio_abs"] == 0
+    for name in (
+        "config.json",
+        "report.html",
+        "verdicts.jsonl.gz",
+        "adapter/pytorch_lora_weights.safetensors",
+        "samples/before_after.png",
+    ):
+        assert (run_dir / name).stat().st_size > 0, name
+    assert [p.name for p in checkpoint.complete(run_dir)] == ["step_000003", "step_000004"]
+
+
+def test_a_resume_equals_the_run_never_stopped_also_with_another_number_of_workers(
+    straight: Path, tmp_path: Path
+) -> None:
+    file = experiment(tmp_path, steps=2)
+    run_dir = tmp_path / "runs" / "tiny"
+    assert main(["train", file]) == 0
+    assert main(["train", "--resume", str(run_dir), "steps=4", "placement.rollout_workers=1"]) == 0
+    assert numbers(run_dir) == numbers(straight / "runs" / "tiny")
+
+
+def test_ctrl_c_saves_and_the_resume_equals_the_run_never_stopped(straight: Path, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, steps=4)
+    file = experiment(tmp_path, steps=4, checkpoint=replace(config.checkpoint, every=1000))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "grpo_flex", "train", file], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    run_dir = tmp_path / "runs" / "tiny"
+    _wait_for(lambda: run_dir.is_dir() and len(_rows(run_dir)) >= 2, process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole process group
+    out, _ = process.communicate(timeout=120)
+    done = len(_rows(run_dir)) - 1
+    assert process.returncode == RESUME_ME, out
+    assert "--resume" in out and checkpoint.load(run_dir)[0] == done < 4
+    assert main(["train", "--resume", str(run_dir)]) == 0
+    assert numbers(run_dir) == numbers(straight / "runs" / "tiny")
+
+
+def _rows(run_dir: Path) -> list[Any]:
+    return read_metrics(run_dir) if (run_dir / "metrics.jsonl").is_file() else []
+
+
+def _wait_for(condition: Any, process: subprocess.Popen[str], limit_s: float = 120) -> None:
+    until = time.monotonic() + limit_s
+    while not condition():
+        assert process.poll() is None and time.monotonic() < until, "the run ended, or did not come so far"
+        time.sleep(0.05)
+
+
+def test_evaluate_and_compare_read_a_run(straight: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = straight / "runs" / "tiny"
+    assert main(["evaluate", str(run_dir)]) == 0
+    table = capsys.readouterr().out
+    assert "oracle" in table and (run_dir / "samples" / "evaluate.png").is_file()
+    last = read_metrics(run_dir)[-1]["heldout/oracle"]
+    assert last is not None and f"{last:.3f}" in table
+    assert main(["compare", str(run_dir), str(run_dir)]) == 0
+    assert main(["status", str(run_dir)]) == 0
+    assert "finished" in capsys.readouterr().out
+
+
+def refused(config: RunConfig, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one message of a run that cannot start; nothing may be left behind."""
+    saved = folder / "bad.json"
+    saved.write_text(to_json(config))
+    file = folder / "bad.py"
+    file.write_text(
+        f"from pathlib import Path\nfrom grpo_flex.config import from_json\ndef config(): return from_json(Path({str(saved)!r}).read_text())\n"
+    )
+    capsys.readouterr()  # what making the tiny model printed
+    assert main(["train", str(file)]) == 2
+    assert not list(Path(config.runs_dir).glob("*"))
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and "Traceback" not in message
+    return message
+
+
+def test_a_judge_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config(tmp_path)
+    message = refused(
+        replace(config, judge=replace(config.judge, server=None, endpoints=("http://127.0.0.1:9/v1",))),
+        tmp_path,
+        capsys,
+    )
+    assert "the judge cannot be reached" in message and "127.0.0.1:9" in message and "judge.endpoints" in message
+
+
+def test_a_group_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config(tmp_path)
+    assert "sampling.group_size is 1" in refused(
+        replace(config, sampling=replace(config.sampling, group_size=1)), tmp_path, capsys
+    )
+
+
+def test_unreadable_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config(tmp_path)
+    (tmp_path / "heldout.jsonl").write_text("nonsense\n")
+    assert "prompts.heldout" in refused(config, tmp_path, capsys)
+
+
+def test_no_space(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30, 2**20))  # pyright: ignore
+    assert "has 1 MB free" in refused(tiny_config(tmp_path), tmp_path, capsys)
+
+
+def test_a_runs_dir_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    config = tiny_config(tmp_path, runs_dir=str(tmp_path / "file" / "runs"))
+    assert "runs_dir" in refused(config, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("folder", ["nowhere", "."])
+def test_resuming_what_is_no_run(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--resume", folder]) == 2
+    assert "is no run directory" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config(tmp_path)
+    index = tmp_path / "tiny_flux" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "WanPipeline"}))
+    assert "generator.model" in (message := refused(config, tmp_path, capsys)) and "WanPipeline" in message
+
+
+def test_a_model_with_a_damaged_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config(tmp_path)
+    (weights,) = (tmp_path / "tiny_flux" / "vae").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert "cannot be loaded as a FluxPipeline" in refused(config, tmp_path, capsys)

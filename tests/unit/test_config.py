@@ -1,0 +1,166 @@
+"""Configuration: strict overrides, complaints that name the field, a round trip through JSON."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_flex.config import ConfigError, RunConfig, from_json, load_experiment, override, to_json
+from grpo_flex.dynamics import Cps, FastWindow, FlowSde
+from grpo_flex.generators.flux import Flux
+from reward_server.families.unified import Unified2Point
+
+RECIPES = sorted(p for p in Path("experiments").glob("*.py") if p.name != "__init__.py")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_is_valid_and_survives_json_and_pickle(path: Path) -> None:
+    config = load_experiment(path)
+    config.validate()
+    assert from_json(to_json(config)) == config
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_overrides_are_typed() -> None:
+    config = load_experiment("experiments/shapes_image.py")
+    changed = override(
+        config,
+        [
+            "optimizer.lr=1e-5",
+            "steps=7",
+            "sampling.same_noise=true",
+            "name=other",
+            "optimizer.betas=(0.8, 0.9)",
+            "sampling.dynamics.a=1",
+        ],
+    )
+    assert changed.optimizer.lr == 1e-5 and changed.steps == 7 and changed.sampling.same_noise is True
+    assert changed.name == "other" and changed.optimizer.betas == (0.8, 0.9)
+    assert isinstance(changed.sampling.dynamics, FlowSde) and changed.sampling.dynamics.a == 1.0
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("optmizer.lr=1e-5", "no config field 'optmizer'; did you mean 'optimizer'?"),
+        ("optimizer.learning=1", "no config field 'optimizer.learning'; known here: optimizer.lr, "),
+        ("optimizer.l=1", "did you mean 'optimizer.lr'?"),
+        ("steps=many", "steps=many: 'steps' needs a whole number"),
+        ("steps=1.5", "'steps' needs a whole number"),
+        ("steps=true", "'steps' needs a whole number"),
+        ("sampling.same_noise=1", "'sampling.same_noise' needs true or false"),
+        ("optimizer.betas=(0.9,)", "'optimizer.betas' needs"),
+        ("objective=Nft", "'objective' is a Grpo object; set one of its fields (objective.clip"),
+        ("steps.more=3", "'steps.more' goes too deep"),
+        ("steps", "'steps' is not an override; write field=value"),
+        ("objective.kl_form=other", "'objective.kl_form' needs one of exact, flow_grpo"),
+    ],
+)
+def test_bad_overrides_say_what_is_wrong(assignment: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        override(load_experiment("experiments/shapes_image.py"), [assignment])
+    assert message in str(error.value)
+
+
+def _flux(config: RunConfig) -> Flux:
+    assert isinstance(config.generator, Flux)
+    return config.generator
+
+
+def invalid(config: RunConfig) -> list[tuple[RunConfig, str]]:
+    sampling, optimizer = config.sampling, config.optimizer
+    return [
+        (replace(config, steps=0), "steps is 0; a run needs at least 1"),
+        (replace(config, name="a/b"), "name is 'a/b'; it names a directory"),
+        (replace(config, sampling=replace(sampling, group_size=1)), "sampling.group_size is 1; group-relative"),
+        (replace(config, sampling=replace(sampling, eval_steps=0)), "sampling.eval_steps is 0"),
+        (
+            replace(config, sampling=replace(sampling, dynamics=Cps(a=1.2))),
+            "sampling.dynamics.a is 1.2; for CPS it needs to lie between 0",
+        ),
+        (replace(config, sampling=replace(sampling, window=FastWindow(size=9))), "sampling.window.size is 9; a window"),
+        (
+            replace(config, sampling=replace(sampling, dynamics=FlowSde(a=0.0))),
+            "sampling.same_noise is true with a deterministic sampler",
+        ),
+        (replace(config, optimizer=replace(optimizer, lr=-1.0)), "optimizer.lr is -1.0; it needs to be above 0"),
+        (
+            replace(config, optimizer=replace(optimizer, updates_per_rollout=9)),
+            "optimizer.updates_per_rollout is 9, more than the 2 groups",
+        ),
+        (
+            replace(config, judge=replace(config.judge, server=None)),
+            "judge.endpoints is empty and judge.server is not set",
+        ),
+        (
+            replace(config, judge=replace(config.judge, server=None, endpoints=("localhost:80",))),
+            "each needs to be a URL",
+        ),
+        (replace(config, generator=replace(_flux(config), height=30)), "generator.height is 30; FLUX packs"),
+        (
+            replace(config, generator=replace(_flux(config), model="./nowhere")),
+            "generator.model is './nowhere', which is no folder",
+        ),
+        (
+            replace(config, judge=replace(config.judge, family=Unified2Point())),
+            "reward is WinRate, which counts wins, but",
+        ),
+        (replace(config, steps="3"), "steps is '3'; it needs to be a whole number"),  # type: ignore[arg-type]
+    ]
+
+
+def test_invalid_configurations_are_refused_by_name(config: RunConfig) -> None:
+    for broken, message in invalid(config):
+        with pytest.raises(ConfigError) as error:
+            broken.validate()
+        assert message in str(error.value)
+
+
+def test_all_complaints_come_at_once(config: RunConfig) -> None:
+    with pytest.raises(ConfigError) as error:
+        replace(config, steps=0, adapter=replace(config.adapter, rank=0)).validate()
+    assert len(str(error.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("def config(:", "makes no configuration: SyntaxError"), ("x = 1", "has no function config()"),
+     ("def config(): return 3", "returns int; it needs to return a RunConfig"),
+     ("from nowhere import x", "ModuleNotFoundError")],
+)  # fmt: skip
+def test_broken_experiments_are_named(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "broken.py"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_experiment(file)
+    assert message in str(error.value)
+
+
+def test_a_misspelt_experiment_gets_the_nearest_one() -> None:
+    with pytest.raises(ConfigError, match=r"did you mean 'experiments/shapes_image\.py'"):
+        load_experiment("experiments/shape_image.py")
+
+
+@pytest.mark.parametrize(
+    "text", ["{", '{"type": "grpo_flex.config:Gone"}', '{"type": "grpo_flex.config:Prompts", "colour": 3}']
+)
+def test_a_config_file_of_another_version_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="does not fit this version"):
+        from_json(text)
+
+
+def test_nothing_heavy_is_imported_to_check_a_configuration() -> None:
+    code = (
+        "import sys; from grpo_flex.__main__ import main; status = main(['train', 'experiments/shapes_image.py', 'optmizer.lr=1']);"
+        "heavy = {'torch', 'ray', 'diffusers', 'transformers', 'wandb', 'matplotlib', 'aiohttp'} & set(sys.modules);"
+        "print(status, sorted(heavy))"
+    )
+    done: Any = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "2 []", done.stdout + done.stderr
+    assert done.stderr == "error: no config field 'optmizer'; did you mean 'optimizer'?\n"
