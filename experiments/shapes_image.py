@@ -15,7 +15,7 @@ from testbed.oracle_judge import OracleJudge
 def config() -> RunConfig:
     return RunConfig(
         name="shapes_image",
-        steps=100,
+        steps=150,
         generator=Flux(model="testbed/tiny_flux", height=64, width=64, shift=3.0, max_sequence_length=16),
         prompts=Prompts(
             train="testbed/prompts/shapes_train.jsonl", heldout="testbed/prompts/shapes_heldout.jsonl", per_step=8
@@ -24,11 +24,11 @@ def config() -> RunConfig:
             group_size=16, steps=10, eval_steps=10, dynamics=FlowSde(a=0.7), window=FastWindow(size=3), same_noise=False
         ),
         judge=Judge(family=Flex(), server=OracleJudge(), pairs=Budgeted(share=0.4)),
-        reward=WinRate(),
+        reward=WinRate(weights=(1.0, 0.3, 0.3)),
         advantage=GroupRelative(alpha=0.7),
         objective=Grpo(clip=1e-3),
         adapter=Adapter(rank=16, alpha=32),
-        optimizer=Optimizer(lr=1e-3),
-        evaluation=Evaluation(every=20, scorer=ShapesOracle()),
+        optimizer=Optimizer(lr=1e-3, updates_per_rollout=4),
+        evaluation=Evaluation(every=25, scorer=ShapesOracle(), samples_per_prompt=2),
         checkpoint=Checkpoint(every=10),
     )

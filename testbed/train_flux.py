@@ -67,6 +67,11 @@ class FluxConfig:
     checkpoint_every: int = 250
 
 
+SETTLE = FluxConfig(seed=24, steps=1200, peak_lr=1e-3, wrong=0.3, wrong_count=0.05, rise=1e-6)
+"""Further stages with somewhat truer captions, which make the shapes crisp; taken in order."""
+STAGES = {"flow": FluxConfig(), "settle": SETTLE, "settle_more": replace(SETTLE, seed=25)}
+
+
 class Flow(nn.Module):
     """The trained part of the pipeline: the transformer and both text encoders."""
 
@@ -273,11 +278,13 @@ def flow_loss(flow: Flow, latents: torch.Tensor, ids: tuple[torch.Tensor, torch.
     return (velocity.float() - (noise - latents)).square().mean()
 
 
-def train_flow(data: FlowData, config: FluxConfig, name: str = "flow") -> Flow:
+def train_flow(data: FlowData, config: FluxConfig, name: str, start_from: Flow | None = None) -> Flow:
     """Trains, or resumes, the flow of `.build/<name>.pt`; returns the average of its weights."""
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     flow = Flow()
+    if start_from is not None:
+        flow.load_state_dict(start_from.state_dict())
     average = copy.deepcopy(flow).requires_grad_(False)
     optimizer = torch.optim.AdamW(flow.parameters(), config.peak_lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -339,7 +346,7 @@ def export(flow: Flow, vae: AutoencoderKL, folder: Path = OUTPUT) -> None:
     scratch.rmdir()
 
 
-def saved_flow(name: str = "flow") -> Flow:
+def saved_flow(name: str) -> Flow:
     """The present average of a flow in training. Raises FileNotFoundError before its first checkpoint."""
     flow = Flow()
     flow.load_state_dict(torch.load(BUILD / f"{name}.pt", weights_only=False)["parts"][1])
@@ -353,10 +360,13 @@ def main() -> None:
     options = parser.parse_args()
     vae = train_vae(VaeConfig())
     if options.export:
-        export(saved_flow(), vae, options.output)
+        export(saved_flow([name for name in STAGES if (BUILD / f"{name}.pt").exists()][-1]), vae, options.output)
         return
-    config = FluxConfig()
-    flow = train_flow(encode_scenes(vae, config), config)
+    data = encode_scenes(vae, FluxConfig())
+    flow = None
+    for name, config in STAGES.items():
+        flow = train_flow(data, config, name, start_from=flow)
+    assert flow is not None
     export(flow.eval(), vae, options.output)
     from testbed.measure_flux import write_card
 
