@@ -5,7 +5,7 @@ from grpo_flex.config import Adapter, Checkpoint, Evaluation, Judge, Optimizer, 
 from grpo_flex.dynamics import FastWindow, FlowSde
 from grpo_flex.generators.flux import Flux
 from grpo_flex.objectives.grpo import Grpo
-from grpo_flex.pairing import Budgeted
+from grpo_flex.pairing import RoundRobin
 from grpo_flex.rewards import WinRate
 from reward_server.families.flex import Flex
 from testbed.oracle import ShapesOracle
@@ -21,14 +21,14 @@ def config() -> RunConfig:
             train="testbed/prompts/shapes_train.jsonl", heldout="testbed/prompts/shapes_heldout.jsonl", per_step=8
         ),
         sampling=Sampling(
-            group_size=16, steps=10, eval_steps=10, dynamics=FlowSde(a=0.7), window=FastWindow(size=3), same_noise=False
+            group_size=16, steps=10, eval_steps=10, dynamics=FlowSde(a=0.7), window=FastWindow(size=4), same_noise=False
         ),
-        judge=Judge(family=Flex(), server=OracleJudge(), pairs=Budgeted(share=0.4)),
+        judge=Judge(family=Flex(), server=OracleJudge(), pairs=RoundRobin()),
         reward=WinRate(weights=(1.0, 0.3, 0.3)),
         advantage=GroupRelative(alpha=0.7),
         objective=Grpo(clip=1e-3),
         adapter=Adapter(rank=16, alpha=32),
-        optimizer=Optimizer(lr=1e-3, updates_per_rollout=4),
+        optimizer=Optimizer(lr=1e-3, updates_per_rollout=2),
         evaluation=Evaluation(every=25, scorer=ShapesOracle(), samples_per_prompt=2),
         checkpoint=Checkpoint(every=10),
     )
