@@ -10,16 +10,30 @@ from grpo_flex.config import ConfigError, RunConfig, load_experiment, override, 
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     sys.path.insert(0, str(Path.cwd()))  # experiments and testbed are imported from the working directory
     try:
         return arguments.run(arguments)
     except ValueError as error:  # every message to the user is a ValueError: ConfigError, CheckpointError, …
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a missing permission
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("stopped at once; steps after the last checkpoint are not saved", file=sys.stderr)
         return 130
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    """argparse takes positional words only in one run; overrides may also stand behind --resume or --dry-run."""
+    arguments, rest = _parser().parse_known_args(argv)
+    words = getattr(arguments, "experiment_and_overrides", None)
+    if rest and (words is None or any(word.startswith("-") for word in rest)):
+        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.experiment_and_overrides = [*(words or []), *rest]
+    return arguments
 
 
 def _train(arguments: argparse.Namespace) -> int:

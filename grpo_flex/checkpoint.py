@@ -30,6 +30,8 @@ def save(run_dir: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     import torch
 
     folder = run_dir / "checkpoints" / f"step_{step:06d}"
+    if folder in complete(run_dir):
+        return folder  # the same step has the same state; removing it first would leave a moment without any
     aside = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(aside, ignore_errors=True)

@@ -75,8 +75,6 @@ class _JudgeActor:
         self.client = JudgeClient(config.judge, verdict_path, endpoints)
 
     async def judge(self, group: RolloutGroup, seed: int, previous: Sequence[Verdict] = ()) -> list[Verdict]:
-        if previous:
-            self.client.renew_budget(group.step)
         return await self.client.judge(group, seed, previous)
 
     async def healthy(self) -> bool:
@@ -96,16 +94,20 @@ class Cluster:
         self.config = config
         place = config.placement
         self._local = connect(config)
-        self._check_resources()
+        try:
+            self._check_resources()
+        except ConfigError:
+            ray.shutdown()
+            raise
         rollout: Any = ray.remote(_RolloutActor).options(
-            num_cpus=place.rollout_cpus, num_gpus=place.rollout_gpus, max_restarts=-1, max_task_retries=-1
+            num_cpus=place.rollout_cpus, num_gpus=place.rollout_gpus, max_restarts=5, max_task_retries=5
         )  # a worker that dies is started again and its group sampled again, from the same seeds
         device = "cuda" if place.rollout_gpus else "cpu"
         self._workers = [rollout.remote(config, device, f"rollout-{i}") for i in range(place.rollout_workers)]
         learner: Any = ray.remote(_LearnerActor).options(num_cpus=place.learner_cpus, num_gpus=place.learner_gpus)
         self._learner: Any = learner.remote(config, "cuda" if place.learner_gpus else "cpu")
         judge: Any = ray.remote(_JudgeActor).options(num_cpus=0, max_concurrency=1000)
-        self._judge: Any = judge.remote(config, endpoints, str(run_dir / verdicts.FILE_NAME))
+        self._judge: Any = judge.remote(config, endpoints, str((run_dir / verdicts.FILE_NAME).resolve()))
         self._turn = 0
 
     def __enter__(self) -> Cluster:
@@ -179,7 +181,7 @@ class Cluster:
             ray.get(self._learner.load_state.remote(state))
 
     def save_adapter(self, folder: Path) -> Path:
-        return Path(ray.get(self._learner.save_adapter.remote(str(folder))))
+        return Path(ray.get(self._learner.save_adapter.remote(str(folder.resolve()))))
 
     def close_judge(self) -> None:
         ray.get(self._judge.close.remote())
@@ -215,5 +217,5 @@ def connect(config: RunConfig) -> bool:
     needed = place.rollout_workers * place.rollout_cpus + place.learner_cpus
     # Rollout and update take turns on a small machine, so logical CPUs may exceed the real ones.
     cpus = max(os.cpu_count() or 1, int(needed + 0.999))
-    ray.init(num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     return True

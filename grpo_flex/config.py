@@ -292,6 +292,12 @@ class RunConfig:
             yield "name", f"is {self.name!r}; it names a directory below runs_dir, so it needs a plain file name"
         if self.steps < 1:
             yield "steps", f"is {self.steps}; a run needs at least 1 training step"
+        if self.objective.needs_noise and not self.sampling.dynamics.stochastic:
+            yield (
+                "sampling.dynamics",
+                f"has no noise, so its steps have no density for {type(self.objective).__name__} to learn from; "
+                "use e.g. FlowSde(a=0.7)",
+            )
         if self.judge.family.candidates == 1 and getattr(self.reward, "compares", False):
             yield (
                 "reward",
@@ -360,12 +366,18 @@ def _assign(part: Any, names: list[str], text: str, path: str) -> Any:
         raise ConfigError(f"'{path}' goes too deep: '{name}' is {value!r}, which has no fields")
     if rest:
         return replace(part, **{name: _assign(value, rest, text, path)})
+    if nested and text.lower() == "none" and _may_be_none(part, name):
+        return replace(part, **{name: None})
     if nested:
         inner = ", ".join(f"{path}.{f.name}" for f in fields(value))
         raise ConfigError(
             f"'{path}' is a {type(value).__name__} object; set one of its fields ({inner or 'it has none'}), or choose another object in the experiment file"
         )
     return replace(part, **{name: _read(text, _hints(type(part))[name], path)})
+
+
+def _may_be_none(part: Any, name: str) -> bool:
+    return next(f.default for f in fields(part) if f.name == name) is None
 
 
 def _read(text: str, hint: Any, path: str) -> Any:

@@ -317,6 +317,13 @@ def _birth(pid: int) -> str:
     return stat.rpartition(")")[2].split()[19]
 
 
+def running_pid(run_dir: Path) -> int | None:
+    """The process that works on a run at this moment on this machine, unless it is this one."""
+    state = _read_json(run_dir / STATUS)
+    over = not state or state.get("phase") in ("finished", "stopped") or state["pid"] == os.getpid()
+    return None if over or not _alive(state) else int(state["pid"])
+
+
 def _alive(state: Mapping[str, Any]) -> bool | None:
     """Whether the run's process lives; None when it runs on another host."""
     if state.get("host") != os.uname().nodename:

@@ -195,7 +195,7 @@ def check_endpoints(
     tried = "\n".join(f"  {c}" for c in complaints) or "  no endpoint is configured"
     raise JudgeUnreachable(
         f"the judge cannot be reached. Asked GET …/models with a {timeout_s:g} s limit:\n{tried}\n"
-        "Start a judge (`make serve-judge`), or name a running one with judge.endpoints=http://HOST:PORT/v1 "
+        "Start a judge, or name a running one with judge.server=none judge.endpoints=http://HOST:PORT/v1 "
         f"and the model it serves with judge.model=NAME (now {model!r})."
     )
 

@@ -33,12 +33,18 @@ def evaluate(run_dir: str | None, adapter: str | None, experiment: str | None, o
     from grpo_flex.run import quieten
 
     quieten()
-    worker = RolloutWorker(replace(config, adapter=adapter_config))
+    device = "cuda" if config.placement.rollout_gpus else "cpu"
+    worker = RolloutWorker(replace(config, adapter=adapter_config), device)
     after = _samples(worker, heldout, Adapter(version=1, tensors=tensors))
     zero = {name: tensor * 0 for name, tensor in tensors.items()}  # B = 0: the base model
     before = _samples(worker, heldout, Adapter(version=0, tensors=zero))
     _print_table(before, after, path)
-    _write_grid(before, after, config.evaluation.grid, out or path.parent.parent / "samples" / "evaluate.png")
+    _write_grid(
+        before,
+        after,
+        config.evaluation.grid,
+        out or Path(run_dir or ".") / ("samples/evaluate.png" if run_dir else "evaluate.png"),
+    )
     return 0
 
 

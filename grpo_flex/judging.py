@@ -136,12 +136,15 @@ class JudgeClient:
         deadline = self._deadline(step)
         try:
             members = self._first_questions(len(encoded), seed)
-            while new := [m for m in members if m not in known]:
+            while members:
+                new = [m for m in members if m not in known]
                 questions = [_Question(step=step, prompt=prompt, members=m, deadline=deadline) for m in new]
                 async with asyncio.TaskGroup() as tasks:
                     asked = [tasks.create_task(self._verdict(q, sources, encoded)) for q in questions]
                 known |= {v.members: v for v in (task.result() for task in asked)}
-                members = self._more_questions(len(encoded), seed, list(known.values()))
+                # Rounds that an earlier call answered are gone through again, without asking.
+                following = self._more_questions(len(encoded), seed, list(known.values()))
+                members = following if new or any(m not in known for m in following) else []
         finally:
             for sibling in encoded:
                 sibling.cancel()
@@ -254,7 +257,7 @@ class JudgeClient:
                 break
         url = endpoint.url if endpoint else ""
         verdict = replace(self._read(question, outcome), endpoint=url, seconds=spent)
-        self._log.add(question.step, question.prompt.id, question.prompt.text, verdict)
+        self._log.add(question.step + 1, question.prompt.id, question.prompt.text, verdict)
         return verdict
 
     def _no_try(self, question: _Question) -> _Outcome:

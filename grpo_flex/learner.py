@@ -81,9 +81,11 @@ class Learner:
         parts = min(self.config.optimizer.updates_per_rollout, len(groups))
         for part in range(parts):
             self._optimise(groups[part::parts], advantages[part::parts], step_index, totals)
+            if part == 0:  # before any update: what rollout and learner disagree by
+                totals["first_log_ratio_abs"] = list(totals["log_ratio_abs"])
         self.version += 1
         stale = [float(self.version - 1 - g.policy_version) for g in groups]
-        metrics = {f"policy/{name}": float(np.mean(values)) for name, values in totals.items()}
+        metrics = {f"policy/{name}": float(np.mean(values)) for name, values in totals.items() if values}
         return UpdateResult(policy_version=self.version, metrics=metrics | {"policy/staleness": max(stale)})
 
     def _optimise(
@@ -160,6 +162,9 @@ class Learner:
         write_adapter(self.model.transformer, state["adapter"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.version = state["version"]
+        o = self.config.optimizer  # what the configuration says now, not what the checkpoint was written with
+        for group in self.optimizer.param_groups:
+            group.update(betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
 
     def save_adapter(self, folder: Path) -> Path:
         """Write adapter/pytorch_lora_weights.safetensors for the stock pipeline."""

@@ -154,6 +154,11 @@ class RunLog:
         self._file: TextIO = path.open("a", encoding="utf-8")
         self._wandb = _WandbRun.start(self.run_dir, config)
 
+    @property
+    def last_step(self) -> int:
+        """The last step that has its line; -1 before the first."""
+        return self._last
+
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         """Append one line: {"step": step, **numbers}. NaN and infinity become null, which JSON can hold.
 

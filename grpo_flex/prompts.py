@@ -13,31 +13,35 @@ from grpo_flex.types import Prompt
 
 
 class PromptStream:
-    """Batches of P prompts. Every prompt comes once an epoch; epochs are shuffled independently.
+    """Batches of P different prompts, from epochs that are shuffled independently.
+
+    An epoch consists of whole batches, so that no prompt ever meets itself in one; those left over (fewer than P) sit
+    out that epoch, other ones in the next.
 
     >>> stream = PromptStream([Prompt(id=str(i), text="") for i in range(4)], per_step=3, seed=0)
     >>> len({p.id for p in stream.batch(0)})
     3
+
+    Raises:
+        ConfigError: fewer prompts than a step needs.
     """
 
     def __init__(self, prompts: Sequence[Prompt], per_step: int, seed: int) -> None:
+        if per_step > len(prompts):
+            raise ConfigError(
+                f"prompts.per_step is {per_step}, but prompts.train holds {len(prompts)}: a prompt would meet itself in a "
+                "step; give more prompts, or a smaller prompts.per_step"
+            )
         self.prompts, self.per_step, self.seed = prompts, per_step, seed
-        self._orders: dict[
-            int, list[int]
-        ] = {}  # the last two epochs', so that a large file is not shuffled anew for each prompt
+        self._epoch, self._order = -1, list[int]()
 
     def batch(self, step: int) -> list[Prompt]:
-        """The prompts of a training step: positions step·P … step·P + P − 1 of the endless shuffled stream."""
-        first = step * self.per_step
-        return [self._at(position) for position in range(first, first + self.per_step)]
-
-    def _at(self, position: int) -> Prompt:
-        epoch, index = divmod(position, len(self.prompts))
-        if epoch not in self._orders:
-            order = list(range(len(self.prompts)))
-            random.Random(seed_for(self.seed, "epoch", epoch)).shuffle(order)
-            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1} | {epoch: order}
-        return self.prompts[self._orders[epoch][index]]
+        """The prompts of a training step; a pure function of (seed, step)."""
+        epoch, place = divmod(step, len(self.prompts) // self.per_step)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, list(range(len(self.prompts)))
+            random.Random(seed_for(self.seed, "epoch", epoch)).shuffle(self._order)
+        return [self.prompts[i] for i in self._order[place * self.per_step : (place + 1) * self.per_step]]
 
 
 def seed_for(*parts: object) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_flex import checkpoint, verdicts
 from grpo_flex.config import ConfigError, RunConfig, from_json, override, to_json
+from grpo_flex.console import running_pid
 from grpo_flex.prompts import PromptStream, read_prompts
 
 if TYPE_CHECKING:
@@ -44,9 +47,13 @@ def train(config: RunConfig, resume: Path | None = None) -> int:
     config.validate()
     heldout = read_prompts(config.prompts.heldout, "prompts.heldout")
     prompts = PromptStream(read_prompts(config.prompts.train, "prompts.train"), config.prompts.per_step, config.seed)
+    if resume and (pid := running_pid(resume)):
+        raise ConfigError(f"{resume} is still running (process {pid}); stop it first, or wait until it has ended")
     done, state = checkpoint.load(resume) if resume else (0, None)
     if done >= config.steps:
         raise ConfigError(f"{resume} has completed its {done} steps; to go on, give a larger number: steps={2 * done}")
+    # Until the loop has its own handler, a SIGTERM unwinds like a Ctrl-C and leaves nothing half made.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ExitStack() as stack:
         run_dir = resume or stack.enter_context(_fresh_run_dir(config))
         _say(f"{'resuming' if resume else 'starting'} {run_dir}: judge, rollout workers and learner …")
@@ -76,10 +83,10 @@ def _assemble(
     endpoints = config.judge.endpoints or stack.enter_context(_judge_server(config, run_dir))
     for complaint in check_endpoints(endpoints, config.judge.model, _auth(config)):
         _say(f"warning: {complaint}; going on with the other judges")
+    verdicts.drop_from_step(run_dir / verdicts.FILE_NAME, done + 1)
     cluster = stack.enter_context(Cluster(config, run_dir, endpoints))
     cluster.wait_until_ready()
     if state is not None:
-        verdicts.drop_from_step(run_dir / verdicts.FILE_NAME, done)
         cluster.load_learner_state(state)
     (run_dir / "config.json").write_text(to_json(config))
     log = stack.enter_context(RunLog(run_dir, config, done if state else None))
@@ -88,6 +95,8 @@ def _assemble(
 
 
 def _run_to_the_end(trainer: Trainer) -> int:
+    from ray.exceptions import RayActorError, RayTaskError
+
     from grpo_flex.train import Interrupted, JudgeAway, signals
 
     status = 0
@@ -98,9 +107,26 @@ def _run_to_the_end(trainer: Trainer) -> int:
             status = RESUME_ME
             trainer.save()
             trainer.console.note(f"stopped: {reason}" if str(reason) else "stopped on request")
+        except RayActorError as error:
+            # It may be the learner that died, so nothing newer than the last checkpoint can be saved.
+            raise ValueError(
+                f"a process of the run died: {_first_line(error)}\n{_go_on(trainer.log.run_dir)}"
+            ) from error
+        except RayTaskError as error:
+            trainer.save()
+            cause = error.cause
+            raise ValueError(f"{type(cause).__name__}: {cause}\n{_go_on(trainer.log.run_dir)}") from error
     trainer.cluster.save_adapter(trainer.log.run_dir / "adapter")
     trainer.cluster.close_judge()
     return status
+
+
+def _go_on(run_dir: Path) -> str:
+    return f"the completed steps are kept; once the cause is gone: python -m grpo_flex train --resume {run_dir}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _finish(run_dir: Path, config: RunConfig, status: int) -> None:
@@ -128,8 +154,7 @@ def _fresh_run_dir(config: RunConfig) -> Iterator[Path]:
                 f"runs_dir '{parent}' has {free} MB free; a run needs at least {SPACE_MB} MB for pictures, verdicts and "
                 "checkpoints: free some, or give another place with runs_dir=…"
             )
-        run_dir = _unused(parent / config.name)
-        run_dir.mkdir()
+        run_dir = _make_unused(parent / config.name)
     except OSError as error:
         raise ConfigError(
             f"runs_dir '{parent}' cannot be written to ({error.strerror}); give another place with runs_dir=…"
@@ -146,12 +171,16 @@ def _has_metrics(run_dir: Path) -> bool:
     return metrics.is_file() and metrics.stat().st_size > 0
 
 
-def _unused(path: Path) -> Path:
-    number, candidate = 1, path
-    while candidate.exists():
-        number += 1
-        candidate = path.with_name(f"{path.name}-{number}")
-    return candidate
+def _make_unused(path: Path) -> Path:
+    """Make ``path``, or path-2, path-3 …, whichever is free first; safe against a run that starts at the same moment."""
+    for number in itertools.count(1):
+        candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            candidate.mkdir()
+        except FileExistsError:
+            continue
+        return candidate
+    raise AssertionError("count never ends")
 
 
 @contextmanager

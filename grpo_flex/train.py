@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,7 +73,7 @@ class Trainer:
             Interrupted, JudgeAway: after which ``save`` keeps every completed step.
         """
         adapter = self.cluster.publish()
-        if self.step == 0:
+        if self.log.last_step < 0:  # a run that was stopped in its first step has its step 0 already
             numbers = self.evaluate(adapter)
             self.log.log(0, numbers)
             self.console.step(0, numbers)
@@ -110,7 +112,8 @@ class Trainer:
             away_since = None
             while len(missing := self._unusable(verdicts)) > self._spare(len(groups)):
                 away_since = away_since or time.monotonic()
-                self._hold_for_judge(time.monotonic() - away_since, len(missing), len(groups))
+                what = f"{len(missing)} of {len(groups)} groups lack verdicts{_mostly(verdicts)}"
+                self._hold_for_judge(time.monotonic() - away_since, what)
                 again = self._get([self._ask(groups[i], self._batch[i], verdicts[i]) for i in missing])
                 for i, verdict in zip(missing, again, strict=True):
                     verdicts[i] = verdict
@@ -150,10 +153,8 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of the completed steps."""
-        with self._phase("save"):
-            return checkpoint.save(
-                self.log.run_dir, self.step, self.cluster.learner_state(), self.config.checkpoint.keep
-            )
+        self.console.phase("save")
+        return checkpoint.save(self.log.run_dir, self.step, self.cluster.learner_state(), self.config.checkpoint.keep)
 
     # ------------------------------------------------------------ waiting
 
@@ -171,18 +172,16 @@ class Trainer:
 
     def _spare(self, groups: int) -> int:
         """How many groups a step can do without; never all of them."""
-        return min(groups - 1, int(groups * (1 - self.config.judge.min_groups)))
+        return min(groups - 1, groups - math.ceil(groups * self.config.judge.min_groups - 1e-9))
 
-    def _hold_for_judge(self, away_s: float, missing: int, total: int) -> None:
+    def _hold_for_judge(self, away_s: float, what: str) -> None:
         """One heartbeat of waiting, and on until the judge answers its health probe."""
         began = time.monotonic()
         while True:
             if away_s + time.monotonic() - began > self.config.judge.give_up_s:
-                raise JudgeAway(
-                    f"{missing} of {total} groups had too few verdicts for {self.config.judge.give_up_s:g} s (judge.give_up_s); "
-                    "bring the judge back, then resume"
-                )
-            self.console.note(f"step {self.step + 1}: {missing} of {total} groups lack verdicts; waiting for the judge")
+                limit = f"judge.give_up_s={self.config.judge.give_up_s:g}"
+                raise JudgeAway(f"{what} for longer than {limit}; bring the judge back, then resume")
+            self.console.note(f"step {self.step + 1}: {what}; waiting for the judge")
             self._pause(HEARTBEAT_S)
             if self.cluster.judge_is_healthy():
                 return
@@ -216,6 +215,12 @@ class Trainer:
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
 
 
+def _mostly(verdicts: Sequence[Sequence[Verdict]]) -> str:
+    """The commonest reason why verdicts are missing, for a message."""
+    reasons = Counter(v.problem for group in verdicts for v in group if v.status != "ok" and v.problem)
+    return f" (mostly: {reasons.most_common(1)[0][0]})" if reasons else ""
+
+
 def verdict_rows(group: RolloutGroup, rewarded: RewardedGroup, verdicts: Sequence[Verdict]) -> list[VerdictRow]:
     """One row a sibling: its picture, its reward, and one verdict on it in the judge's words."""
     rows = []
@@ -228,14 +233,14 @@ def verdict_rows(group: RolloutGroup, rewarded: RewardedGroup, verdicts: Sequenc
 
 @contextmanager
 def signals(trainer: Trainer) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask the run to end; a second Ctrl-C ends it at once, without a checkpoint."""
+    """Ctrl-C, SIGTERM and SIGHUP ask the run to end; a second Ctrl-C ends it at once, without a checkpoint."""
 
     def first(number: int, frame: FrameType | None) -> None:
-        trainer.console.note("stopping: the completed steps are being saved (press again to stop at once)")
         trainer.stop()
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        trainer.console.note("stopping: the completed steps are being saved (press again to stop at once)")
 
-    before = {s: signal.signal(s, first) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: signal.signal(s, first) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:

@@ -68,13 +68,15 @@ class OracleJudge:
         for name in ("noise", "position_bias", "failure_rate", "hang_rate", "drop_rate", "garbage_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 yield name, f"is {getattr(self, name)}; it is a probability, between 0 and 1"
+        if not 0 <= self.port <= 65535:
+            yield "port", f"is {self.port}; it needs to be 0 (any free one) … 65535"
         if self.latency_s < 0:
             yield "latency_s", f"is {self.latency_s}; it cannot be negative"
 
     def start(self, log_dir: str | Path) -> RunningJudge:
         """Starts the server and waits until it answers; its output goes to ``log_dir/oracle_judge.log``.
 
-        Raises RuntimeError, with the log's end, if it does not come up within a minute.
+        Raises ValueError, with the log's end, if it does not come up within a minute.
         """
         log = Path(log_dir) / "oracle_judge.log"
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +135,7 @@ def _endpoint(process: subprocess.Popen[bytes], log: Path) -> str:
             time.sleep(0.05)
     process.kill()
     process.wait()
-    raise RuntimeError(f"the oracle judge did not start; the end of {log}:\n{log.read_text()[-2000:]}")
+    raise ValueError(f"the oracle judge did not start; the end of {log}:\n{log.read_text()[-2000:]}")
 
 
 # ---------------------------------------------------------------- judging

@@ -59,7 +59,8 @@ class Flux:
 class FluxModel:
     """A loaded FluxPipeline, taken apart into what the trainer needs."""
 
-    # Attention and feed-forward projections of both block kinds; norms, embedders and the output stay frozen.
+    # Attention and feed-forward projections of both block kinds, and the output layer (also a "proj_out"); norms and
+    # embedders stay frozen.
     adapter_targets: tuple[str, ...] = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",

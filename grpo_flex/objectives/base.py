@@ -41,6 +41,8 @@ class Term(NamedTuple):
 class Objective(Protocol):
     """A frozen dataclass. ``terms`` yields one Term for each forward-backward pass of a group."""
 
+    needs_noise: ClassVar[bool]
+    """Whether it learns from the density of stochastic steps."""
     keeps_means: ClassVar[bool]
     """Whether rollouts have to store μ_old."""
     keeps_final: ClassVar[bool]

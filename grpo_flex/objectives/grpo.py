@@ -26,6 +26,7 @@ class Grpo:
     kl_form: Literal["exact", "flow_grpo"] = "exact"
     """exact: ‖μ − μ_ref‖²/(2·s²Δ). flow_grpo: ‖μ − μ_ref‖²/(2·s²), as published: β is not portable between them."""
 
+    needs_noise: ClassVar[bool] = True
     keeps_means: ClassVar[bool] = False
     keeps_final: ClassVar[bool] = False
 

@@ -108,6 +108,19 @@ def _wait_for(condition: Any, process: subprocess.Popen[str], limit_s: float = 1
         time.sleep(0.05)
 
 
+def test_a_run_stopped_in_its_first_step_can_be_resumed(straight: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "grpo_flex", "train", experiment(tmp_path, steps=4)], text=True, start_new_session=True
+    )
+    run_dir = tmp_path / "runs" / "tiny"
+    _wait_for(lambda: run_dir.is_dir() and len(_rows(run_dir)) >= 1, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=120) == RESUME_ME
+    # Overrides may stand behind --resume, as `make … RESUME=… ARGS=…` writes them.
+    assert main(["train", "exp.py", "--resume", str(run_dir), "steps=4"]) == 0
+    assert numbers(run_dir) == numbers(straight / "runs" / "tiny")
+
+
 def test_evaluate_and_compare_read_a_run(straight: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = straight / "runs" / "tiny"
     assert main(["evaluate", str(run_dir)]) == 0

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from grpo_flex.config import ConfigError, RunConfig, from_json, load_experiment, override, to_json
-from grpo_flex.dynamics import Cps, FastWindow, FlowSde
+from grpo_flex.dynamics import Cps, FastWindow, FlowSde, Ode
 from grpo_flex.generators.flux import Flux
 from reward_server.families.unified import Unified2Point
 
@@ -73,6 +73,16 @@ def _flux(config: RunConfig) -> Flux:
     return config.generator
 
 
+def test_an_optional_part_can_be_switched_off() -> None:
+    changed = override(
+        load_experiment("experiments/shapes_image.py"), ["judge.server=none", "judge.endpoints=http://h:1/v1"]
+    )
+    assert changed.judge.server is None and changed.judge.endpoints == ("http://h:1/v1",)
+    changed.validate()
+    with pytest.raises(ConfigError, match="'objective' is a Grpo object"):
+        override(changed, ["objective=none"])
+
+
 def invalid(config: RunConfig) -> list[tuple[RunConfig, str]]:
     sampling, optimizer = config.sampling, config.optimizer
     return [
@@ -110,6 +120,10 @@ def invalid(config: RunConfig) -> list[tuple[RunConfig, str]]:
         (
             replace(config, judge=replace(config.judge, family=Unified2Point())),
             "reward is WinRate, which counts wins, but",
+        ),
+        (
+            replace(config, sampling=replace(sampling, dynamics=Ode(), same_noise=False)),
+            "sampling.dynamics has no noise",
         ),
         (replace(config, steps="3"), "steps is '3'; it needs to be a whole number"),  # type: ignore[arg-type]
     ]

@@ -175,7 +175,7 @@ def test_every_pair_is_asked_once_and_written_down(tmp_path: Path) -> None:
         "judge/prefix_cache_hit_rate": 0.6,
     }
     entries = list(read_verdicts(tmp_path / "v.gz"))
-    assert {(e.step, e.prompt_id, e.prompt) for e in entries} == {(0, "p", "a red circle")}
+    assert {(e.step, e.prompt_id, e.prompt) for e in entries} == {(1, "p", "a red circle")}  # counted as in metrics.jsonl
     assert sorted((e.verdict for e in entries), key=lambda v: v.members) == verdicts
 
 
@@ -571,8 +571,8 @@ def test_the_steps_after_a_checkpoint_are_dropped(tmp_path: Path) -> None:
                 await client.judge(group(2, step=step), 0)
 
     run(scenario())
-    assert drop_from_step(tmp_path / "v.gz", 2) == 4
-    assert [e.step for e in read_verdicts(tmp_path / "v.gz")] == [0, 0, 1, 1]
+    assert drop_from_step(tmp_path / "v.gz", 3) == 4
+    assert [e.step for e in read_verdicts(tmp_path / "v.gz")] == [1, 1, 2, 2]
     assert drop_from_step(tmp_path / "missing.gz", 2) == 0
 
 

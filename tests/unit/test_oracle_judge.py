@@ -179,7 +179,7 @@ def test_it_dies_with_its_parent(tmp_path: Path) -> None:
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
     with OracleJudge().start(tmp_path) as judge:
         port = int(judge.endpoints[0].split(":")[2].split("/")[0])
-        with pytest.raises(RuntimeError, match="address already in use"):
+        with pytest.raises(ValueError, match="address already in use"):
             OracleJudge(port=port).start(tmp_path / "second")
 
 

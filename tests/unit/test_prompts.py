@@ -17,12 +17,22 @@ def stream(count: int, per_step: int, seed: int = 0) -> PromptStream:
     return PromptStream([Prompt(id=str(i), text="x") for i in range(count)], per_step, seed)
 
 
-@given(count=st.integers(1, 30), per_step=st.integers(1, 8), seed=st.integers(0, 9))
-def test_every_prompt_comes_once_an_epoch(count: int, per_step: int, seed: int) -> None:
-    prompts = stream(count, per_step, seed)
-    drawn = [p.id for step in range(3 * count) for p in prompts.batch(step)]
-    for epoch in range(len(drawn) // count):
-        assert sorted(drawn[epoch * count : (epoch + 1) * count], key=int) == [str(i) for i in range(count)]
+@given(count=st.integers(8, 30), per_step=st.integers(1, 8), seed=st.integers(0, 9))
+def test_no_prompt_comes_twice_in_an_epoch_of_whole_batches(count: int, per_step: int, seed: int) -> None:
+    prompts, batches = stream(count, per_step, seed), count // per_step
+    for epoch in range(3):
+        drawn = [p.id for place in range(batches) for p in prompts.batch(epoch * batches + place)]
+        assert len(drawn) == len(set(drawn)) == batches * per_step
+
+
+def test_epochs_leave_different_prompts_out() -> None:
+    prompts = stream(5, 4)
+    assert len({frozenset(p.id for p in prompts.batch(epoch)) for epoch in range(20)}) > 1
+
+
+def test_a_step_larger_than_the_file_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"prompts\.per_step is 4, but prompts\.train holds 3"):
+        stream(3, 4)
 
 
 def test_a_batch_does_not_depend_on_those_before_it() -> None:
