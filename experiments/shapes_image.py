@@ -28,7 +28,7 @@ def config() -> RunConfig:
         advantage=GroupRelative(alpha=0.7),
         objective=Grpo(clip=1e-3),
         adapter=Adapter(rank=16, alpha=32),
-        optimizer=Optimizer(lr=1e-3, updates_per_rollout=2),
+        optimizer=Optimizer(lr=3e-4, updates_per_rollout=2),
         evaluation=Evaluation(every=25, scorer=ShapesOracle(), samples_per_prompt=2),
         checkpoint=Checkpoint(every=10),
     )
