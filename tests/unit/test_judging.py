@@ -175,7 +175,9 @@ def test_every_pair_is_asked_once_and_written_down(tmp_path: Path) -> None:
         "judge/prefix_cache_hit_rate": 0.6,
     }
     entries = list(read_verdicts(tmp_path / "v.gz"))
-    assert {(e.step, e.prompt_id, e.prompt) for e in entries} == {(1, "p", "a red circle")}  # counted as in metrics.jsonl
+    assert {(e.step, e.prompt_id, e.prompt) for e in entries} == {
+        (1, "p", "a red circle")
+    }  # counted as in metrics.jsonl
     assert sorted((e.verdict for e in entries), key=lambda v: v.members) == verdicts
 
 
