@@ -105,8 +105,12 @@ def _run_to_the_end(trainer: Trainer) -> int:
             trainer.run()
         except (Interrupted, JudgeAway) as reason:
             status = RESUME_ME
-            trainer.save()
             trainer.console.note(f"stopped: {reason}" if str(reason) else "stopped on request")
+            try:
+                trainer.save()
+            except RayActorError:  # a signal to the whole process group reached the learner as well
+                trainer.console.note("the learner has ended too; the last checkpoint stands")
+                return status
         except RayActorError as error:
             # It may be the learner that died, so nothing newer than the last checkpoint can be saved.
             raise ValueError(

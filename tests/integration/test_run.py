@@ -114,7 +114,7 @@ def test_a_run_stopped_in_its_first_step_can_be_resumed(straight: Path, tmp_path
     )
     run_dir = tmp_path / "runs" / "tiny"
     _wait_for(lambda: run_dir.is_dir() and len(_rows(run_dir)) >= 1, process)
-    os.killpg(process.pid, signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=120) == RESUME_ME
     # Overrides may stand behind --resume, as `make … RESUME=… ARGS=…` writes them.
     assert main(["train", "exp.py", "--resume", str(run_dir), "steps=4"]) == 0
