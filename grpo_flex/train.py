@@ -19,7 +19,7 @@ from grpo_flex import checkpoint
 from grpo_flex.cluster import Cluster
 from grpo_flex.config import RunConfig
 from grpo_flex.console import Console
-from grpo_flex.judging import judge_metrics
+from grpo_flex.judging import judge_metrics, judged_share
 from grpo_flex.metrics import RunLog, VerdictRow
 from grpo_flex.prompts import PromptStream, seed_for
 from grpo_flex.rewards import reward_metrics
@@ -129,7 +129,6 @@ class Trainer:
             batch = UpdateBatch(
                 groups=tuple(groups[i] for i in usable),
                 advantages=tuple(advantages),
-                policy_versions=(self.step,) * len(usable),
             )
             result = self.cluster.update(batch, self.step)
         self._example = (groups[usable[0]], rewarded[0], verdicts[usable[0]])
@@ -168,7 +167,7 @@ class Trainer:
     def _unusable(self, verdicts: Sequence[Sequence[Verdict]]) -> list[int]:
         """Indices of the groups with too small a share of judged pairs."""
         need = self.config.judge.min_judged
-        return [i for i, vs in enumerate(verdicts) if not vs or sum(v.status == "ok" for v in vs) < need * len(vs)]
+        return [i for i, vs in enumerate(verdicts) if not vs or judged_share(vs) < need]
 
     def _spare(self, groups: int) -> int:
         """How many groups a step can do without; never all of them."""

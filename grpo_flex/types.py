@@ -125,7 +125,6 @@ class UpdateBatch:
     """Ray object references to RolloutGroup, or the groups themselves outside Ray."""
     advantages: tuple[np.ndarray, ...]
     """float64 [G] for each group; NaN members carry no loss."""
-    policy_versions: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
