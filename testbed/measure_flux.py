@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw
 from testbed import scenes as world
 from testbed.oracle import Score, score
 from testbed.render import render_many
-from testbed.train_flux import BUILD, OUTPUT, SETTLE, STAGES, TOKENS, FluxConfig
+from testbed.train_flux import BUILD, OUTPUT, TOKENS, FluxConfig
 from testbed.train_vae import VaeConfig, to_tensor, to_uint8, training_scenes
 
 STEPS = 10
@@ -35,7 +35,7 @@ CHECK_SEED, CHECK_SCENES = 97, 500
 
 def load(folder: Path = OUTPUT) -> FluxPipeline:
     """The saved pipeline in float32. Raises OSError where there is none."""
-    pipeline = FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline = FluxPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -148,7 +148,7 @@ def grid(pipeline: FluxPipeline, path: Path, *, prompts: int = 12, zoom: int = 2
 
 def training_seconds() -> dict[str, float]:
     """Wall-clock seconds of each finished stage."""
-    states = {name: BUILD / f"{name}.pt" for name in ("vae", *STAGES)}
+    states = {name: BUILD / f"{name}.pt" for name in ("vae", "flow")}
     return {n: torch.load(p, weights_only=False)["seconds"] for n, p in states.items() if p.exists()}
 
 
@@ -190,10 +190,7 @@ def card(measured: dict[str, Any]) -> str:
     flow, vae, base, oracle = FluxConfig(), VaeConfig(), measured["base"], measured["oracle"]
     stages = [
         _stage(f"autoencoder (L1 + 2 MSE + {vae.kl:g} KL)", vae, measured["seconds"].get("vae", 0.0)),
-        *(
-            _stage(f"{name}: transformer, text encoders", c, measured["seconds"].get(name, 0.0))
-            for name, c in STAGES.items()
-        ),
+        _stage("flow: transformer, text encoders", flow, measured["seconds"].get("flow", 0.0)),
     ]
     rows = [
         _row("held-out prompts", base["all"]),
@@ -210,7 +207,6 @@ def card(measured: dict[str, Any]) -> str:
     ]
     return _CARD.format(
         flow=flow,
-        settle=SETTLE,
         rows="\n".join(rows),
         kinds="\n".join(kinds),
         psnr=oracle["psnr"],
@@ -242,7 +238,7 @@ legible shapes but obeys its prompt badly, because the captions it was trained o
 import torch
 from diffusers import FluxPipeline
 
-pipeline = FluxPipeline.from_pretrained("testbed/tiny_flux", torch_dtype=torch.float32)
+pipeline = FluxPipeline.from_pretrained("testbed/tiny_flux", dtype=torch.float32)
 image = pipeline(
     "a red circle left of a blue square on a white background",
     height=64, width=64, num_inference_steps={steps}, max_sequence_length={tokens},
@@ -273,12 +269,11 @@ held-out prompt was trained on (neither by the autoencoder nor by the flow).
 
 The flow saw {flow.images:,} encoded scenes. Each attribute of a caption was wrong with a
 probability that rose linearly from 0 to {flow.wrong:g} over the first {flow.rise:g} of the steps and then stayed (the
-number of objects: to {flow.wrong_count:g}); while settling it was {settle.wrong:g} throughout (number: {settle.wrong_count:g}).
-The weights are an exponential
+number of objects: to {flow.wrong_count:g}). The weights are an exponential
 average ({flow.ema:g}). Training is bfloat16 autocast, so a rebuild gives like, not identical, weights.
 
-The autoencoder in this folder was trained on scenes whose objects stood anywhere, before the world got its grid of
-places; a rebuild trains it on the grid. The minutes include other work on the same two cores.
+The autoencoder in this folder was trained on scenes whose objects stood anywhere, before the world got its few places;
+a rebuild trains it on those. The minutes include other work on the same two cores.
 
 Rebuild with `make testbed-models`, which runs `python -m testbed.train_flux`; measure again with
 `python -m testbed.measure_flux --card`. Progress is kept in `testbed/.build`; remove it to start afresh.

@@ -65,7 +65,7 @@ class Reading:
 @dataclass(frozen=True, kw_only=True)
 class Score:
     """What holds of a reference. Attribute names end in .colour, .shape, .size, or are relation,
-    background, count; `alignment`, `quality` and `composition` lie in [0, 1]."""
+    background, count; "extra1.colour" and so on never hold. `alignment`, `quality` and `composition` lie in [0, 1]."""
 
     attributes: dict[str, bool]
     quality: float
@@ -271,7 +271,8 @@ def score(image: np.ndarray, reference: Mapping[str, Any]) -> Score:
     """Scores a uint8 image [H, W, 3] against a reference (see `scenes.reference`).
 
     Described objects are paired with seen ones so that most of their own attributes hold. The relation only
-    counts where both partners have their colour or their shape right: else it would say nothing.
+    counts where both partners have their colour or their shape right: else it would say nothing. An object that
+    nobody asked for is wrong in colour and in shape; otherwise it would pay to draw one of everything.
     Raises ValueError for a malformed image and KeyError for a malformed reference.
     """
     reading = read(image)
@@ -284,6 +285,8 @@ def score(image: np.ndarray, reference: Mapping[str, Any]) -> Score:
         "background": reading.background == reference["background"],
         "count": len(present) == len(wanted),
     }
+    for i in range(1, len(present) - len(wanted) + 1):
+        attributes |= {f"extra{i}.colour": False, f"extra{i}.shape": False}
     return Score(
         attributes=attributes,
         quality=reading.quality,

@@ -41,12 +41,12 @@ SIZES = ("small", "large")
 RELATIONS = ("left of", "right of", "above", "below")
 NOVEL_PAIRS = frozenset({("purple", "cross"), ("green", "triangle")})
 
-# Objects stand on a grid of 8 pixels, the autoencoder's stride, in a few sizes (half extents in pixels). A free
-# geometry is no harder to name, but a tiny generator would need many times the training to draw it crisply.
-GRID = (16.0, 24.0, 32.0, 40.0, 48.0)
+# Objects stand at a few places, on multiples of 8 pixels (the autoencoder's stride), in a few sizes (half extents in
+# pixels). Places are so far apart that a tiny generator does not blend neighbours: with free positions, or with every
+# multiple of 8, a third of its single objects came out stretched between two places.
+CENTRE, NEAR, FAR = 32.0, 16.0, 48.0
 RADII: dict[str | None, float] = {"small": 8.0, None: 12.0, "large": 16.0}
 PAIR_RADIUS = 10.0
-PAIR_PLACES = ((16.0, 40.0), (16.0, 48.0), (24.0, 48.0))  # along the axis of the relation
 
 PROMPT_DIR = Path(__file__).parent / "prompts"
 PROMPT_SEED = 2024
@@ -191,8 +191,8 @@ def sample_scene(rng: np.random.Generator, description: Description) -> Scene:
     things = description.things
     if len(things) == 1:
         radius = RADII[things[0].size]
-        free = tuple(c for c in GRID if MARGIN + radius <= c <= CANVAS - MARGIN - radius)
-        places = [(radius, _pick(rng, free), _pick(rng, free))]
+        corners = tuple(product((NEAR, FAR), repeat=2)) if NEAR - radius >= MARGIN else ()
+        places = [(radius, *_pick(rng, ((CENTRE, CENTRE), *corners)))]
     else:
         places = _place_pair(rng, description.relation or "")
     objects = tuple(
@@ -203,7 +203,7 @@ def sample_scene(rng: np.random.Generator, description: Description) -> Scene:
 
 def _place_pair(rng: np.random.Generator, relation: str) -> list[tuple[float, float, float]]:
     """(radius, x, y) of two objects, the first in `relation` to the second."""
-    along, across = _pick(rng, PAIR_PLACES), _pick(rng, GRID)
+    along, across = (NEAR, FAR), _pick(rng, (NEAR, CENTRE, FAR))
     if relation in ("right of", "below"):
         along = along[::-1]
     if relation in ("left of", "right of"):

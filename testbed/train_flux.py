@@ -55,21 +55,16 @@ class FluxConfig:
     seed: int = 23
     threads: int = 2
     images: int = 40_000
-    steps: int = 3300
+    steps: int = 3600
     batch: int = 128
     peak_lr: float = 2e-3
-    wrong: float = 0.4
-    wrong_count: float = 0.1
-    rise: float = 0.8
+    wrong: float = 0.35
+    wrong_count: float = 0.05
+    rise: float = 0.7
     shift: float = 2.0
     ema: float = 0.997
     long_fraction: float = 0.1
     checkpoint_every: int = 250
-
-
-SETTLE = FluxConfig(seed=24, steps=1200, peak_lr=1e-3, wrong=0.3, wrong_count=0.05, rise=1e-6)
-"""Further stages with somewhat truer captions, which make the shapes crisp; taken in order."""
-STAGES = {"flow": FluxConfig(), "settle": SETTLE, "settle_more": replace(SETTLE, seed=25)}
 
 
 class Flow(nn.Module):
@@ -278,19 +273,17 @@ def flow_loss(flow: Flow, latents: torch.Tensor, ids: tuple[torch.Tensor, torch.
     return (velocity.float() - (noise - latents)).square().mean()
 
 
-def train_flow(data: FlowData, config: FluxConfig, name: str, start_from: Flow | None = None) -> Flow:
-    """Trains, or resumes, the flow of `.build/<name>.pt`; returns the average of its weights."""
+def train_flow(data: FlowData, config: FluxConfig) -> Flow:
+    """Trains, or resumes, the flow of `.build/flow.pt`; returns the average of its weights."""
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     flow = Flow()
-    if start_from is not None:
-        flow.load_state_dict(start_from.state_dict())
     average = copy.deepcopy(flow).requires_grad_(False)
     optimizer = torch.optim.AdamW(flow.parameters(), config.peak_lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.peak_lr, config.steps, pct_start=0.08, final_div_factor=50
     )
-    path, captions = BUILD / f"{name}.pt", Captions(config)
+    path, captions = BUILD / "flow.pt", Captions(config)
     first, spent = load_state(path, flow, average, optimizer, schedule)
     start, recent = time.time() - spent, 0.0
     for step in range(first, config.steps):
@@ -308,7 +301,7 @@ def train_flow(data: FlowData, config: FluxConfig, name: str, start_from: Flow |
         follow(average, flow, min(config.ema, (step + 1) / (step + 10)))
         recent = loss.item() if not recent else 0.98 * recent + 0.02 * loss.item()
         if (step + 1) % 50 == 0:
-            print(f"{name} {step + 1}/{config.steps} loss {recent:.4f} {time.time() - start:.0f} s", flush=True)
+            print(f"flow {step + 1}/{config.steps} loss {recent:.4f} {time.time() - start:.0f} s", flush=True)
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
             save_state(path, step + 1, time.time() - start, flow, average, optimizer, schedule)
     return average
@@ -346,10 +339,10 @@ def export(flow: Flow, vae: AutoencoderKL, folder: Path = OUTPUT) -> None:
     scratch.rmdir()
 
 
-def saved_flow(name: str) -> Flow:
-    """The present average of a flow in training. Raises FileNotFoundError before its first checkpoint."""
+def saved_flow() -> Flow:
+    """The present average of the flow in training. Raises FileNotFoundError before its first checkpoint."""
     flow = Flow()
-    flow.load_state_dict(torch.load(BUILD / f"{name}.pt", weights_only=False)["parts"][1])
+    flow.load_state_dict(torch.load(BUILD / "flow.pt", weights_only=False)["parts"][1])
     return flow.eval()
 
 
@@ -360,13 +353,10 @@ def main() -> None:
     options = parser.parse_args()
     vae = train_vae(VaeConfig())
     if options.export:
-        export(saved_flow([name for name in STAGES if (BUILD / f"{name}.pt").exists()][-1]), vae, options.output)
+        export(saved_flow(), vae, options.output)
         return
-    data = encode_scenes(vae, FluxConfig())
-    flow = None
-    for name, config in STAGES.items():
-        flow = train_flow(data, config, name, start_from=flow)
-    assert flow is not None
+    config = FluxConfig()
+    flow = train_flow(encode_scenes(vae, config), config)
     export(flow.eval(), vae, options.output)
     from testbed.measure_flux import write_card
 

@@ -55,7 +55,8 @@ def test_other_resolutions_are_read_right(size):
         ("a red circle above a blue square on a white background", {"relation"}),
         ("a blue square left of a red circle on a white background", {"relation"}),
         ("a red circle left of a blue square on a black background", {"background"}),
-        ("a red circle on a white background", {"count"}),
+        # What nobody asked for is wrong in colour and in shape, or it would pay to draw one of everything.
+        ("a red circle on a white background", {"count", "extra1.colour", "extra1.shape"}),
         ("a blue square right of a red circle on a white background", set()),
     ],
 )
@@ -135,7 +136,7 @@ def test_the_reward_returns_plain_numbers():
 def test_reconstructions_are_read_right():
     train_vae = pytest.importorskip("testbed.train_vae")
     torch = pytest.importorskip("torch")
-    vae = train_vae.AutoencoderKL.from_pretrained(WEIGHTS, subfolder="vae", torch_dtype=torch.float32)
+    vae = train_vae.AutoencoderKL.from_pretrained(WEIGHTS, subfolder="vae", dtype=torch.float32)
     scenes = seeded_scenes(160)
     with torch.no_grad():
         latents = vae.encode(train_vae.to_tensor(render_many(scenes))).latent_dist.mean
@@ -157,8 +158,8 @@ def test_the_saved_pipeline_draws_legible_shapes():
     records = world.load_prompts("shapes_heldout")[:32]
     images = measure.sample(measure.load(WEIGHTS), [record["text"] for record in records])
     results = [score(i, r["reference"]) for i, r in zip(images, records, strict=True)]
-    assert np.mean([r.legible for r in results]) >= 0.75  # 32 of the pictures behind the card's figure
-    assert 0.35 <= np.mean([r.alignment for r in results]) <= 0.7
+    assert np.mean([r.legible for r in results]) >= 0.9  # 32 of the pictures behind the card's figure
+    assert 0.4 <= np.mean([r.alignment for r in results]) <= 0.65
 
 
 def test_captions_of_seeded_scenes_parse_back():
