@@ -2,12 +2,17 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+# The judge's environment is its own: vLLM pins torch and transformers, the trainer wants newer ones.
+JUDGE ?= $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
+JUDGE_VENV := .venv-judge
+JUDGE_PY := $(JUDGE_VENV)/bin/python
+PRESET ?= $(if $(MODEL),,flex-qwen3vl-8b)
 # Pictures, numbers and tests never depend on the outside: no telemetry, no hub look-ups unless asked for.
 export RAY_USAGE_STATS_ENABLED := 0
 export WANDB_ERROR_REPORTING := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train-image-grpo testbed-models evaluate check test clean
+.PHONY: help setup setup-judge serve-judge train-image-grpo testbed-models evaluate check test clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -26,6 +31,28 @@ train-image-grpo: setup  ## train the tiny FLUX: a new run, or RESUME=runs/NAME;
 evaluate: setup  ## score a run's adapter on held-out prompts: RUN=runs/NAME
 	@$(PY) -m grpo_flex evaluate $(RUN)
 
+setup-judge: $(JUDGE_VENV)/.done-$(JUDGE)  ## make the judge's environment, .venv-judge; JUDGE=cpu|gpu (gpu where nvidia-smi is)
+
+$(JUDGE_VENV)/.done-$(JUDGE): reward_server/environment/$(JUDGE).txt reward_server/environment/torchvision_names.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; give another: make setup-judge PYTHON=python3.11"; exit 1; }
+	rm -rf $(JUDGE_VENV)
+	$(PYTHON) -m venv $(JUDGE_VENV)
+	$(JUDGE_PY) -m pip install --quiet --requirement $<
+ifeq ($(JUDGE),cpu)
+	# CUDA builds that a judge does without and that cannot be imported beside a CPU torch …
+	$(JUDGE_PY) -m pip uninstall --quiet --yes torchaudio torchcodec
+	@# … and one that can, with a little help. A torchvision built for CPUs needs none.
+	@$(JUDGE_PY) -c 'import torchvision' 2>/dev/null || { \
+		site=$$($(JUDGE_PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+		cp reward_server/environment/torchvision_names.py "$$site" && \
+		echo 'import torchvision_names' > "$$site/torchvision_names.pth" && \
+		$(JUDGE_PY) -c 'import torchvision'; }
+endif
+	@touch $@
+
+serve-judge: setup-judge $(if $(RAY_ADDRESS),setup)  ## host a judge until Ctrl-C: PRESET=think, or MODEL=folder; ARGS="--replicas 2 …"
+	@$(if $(RAY_ADDRESS),$(PY),$(JUDGE_PY)) -m reward_server serve $(if $(PRESET),--preset $(PRESET)) $(if $(MODEL),--model $(MODEL)) $(ARGS)
+
 testbed-models: setup  ## rebuild the testbed's weights (hours on a laptop; resumable)
 	$(PY) -m testbed.train_flux
 
@@ -34,8 +61,8 @@ check: setup  ## ruff and pyright
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
 
-test: setup  ## every test, on the CPU
+test: setup setup-judge  ## every test, on the CPU
 	$(PY) -m pytest tests
 
 clean:  ## remove the environments; runs stay
-	rm -rf $(VENV) .venv-judge
+	rm -rf $(VENV) $(JUDGE_VENV)

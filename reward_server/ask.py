@@ -1,0 +1,380 @@
+"""`python -m reward_server judge A B --prompt "…"`: one comparison by a running judge, as a table."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from reward_server import machine
+from reward_server.families.base import FIRST, TIE, ChatFamily, Completion, Reply, json_object, side
+from reward_server.families.edit import EditPair, EditPoint
+from reward_server.families.flex import Flex
+from reward_server.families.generic import GenericPair, GenericPoint
+from reward_server.families.reward_dance import RewardDance
+from reward_server.families.think import Think
+from reward_server.families.unified import Unified1Pair, Unified1Point, Unified2Pair, Unified2Point
+from reward_server.families.vision_reward import VisionReward
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from rich.console import Console
+    from rich.table import Table
+
+KEY_NAME = "GRPO_FLEX_JUDGE_KEY"
+VIDEO_ENDINGS = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".gif")
+FAMILIES: Mapping[str, type[ChatFamily]] = {
+    "flex": Flex,
+    "think": Think,
+    "2.0": Unified2Pair,
+    "2.0-point": Unified2Point,
+    "1.0": Unified1Pair,
+    "1.0-point": Unified1Point,
+    "edit": EditPair,
+    "edit-point": EditPoint,
+    "vision-reward": VisionReward,
+    "reward-dance": RewardDance,
+    "generic": GenericPair,
+    "generic-point": GenericPoint,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What the command is asked to do."""
+
+    a: str
+    b: str
+    prompt: str
+    family: str = "flex"
+    endpoint: str = "http://127.0.0.1:8000/v1"
+    model: str = ""
+    """Served name; empty: the first that the server lists."""
+    prompt_file: str = ""
+    """Another wording of the instruction (``ChatFamily.prompt_file``)."""
+    source: str = ""
+    """The picture that was edited, for the families that show one."""
+    both_orders: bool = False
+    max_tokens: int = 2048
+    timeout_s: float = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One reply of the judge."""
+
+    reply: Reply
+    text: str
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table; ``winner`` is a position of the candidates as they were shown."""
+
+    name: str
+    scores: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    """A remark about each candidate, or a single one about both."""
+    winner: float | None = None
+    heading: bool = False
+
+
+def compare(asked: Comparison, console: Console) -> int:
+    """Asks and prints; 0, or 1 if a reply does not say who wins.
+
+    Raises:
+        ValueError: a file that cannot be read, or a judge that does not answer; the message is for the user.
+    """
+    family = family_of(asked)
+    shown = [data_urls(path, family.frames) for path in (asked.a, asked.b)]
+    sources = _sources(asked, family)
+    model = asked.model or served_model(asked.endpoint)
+    console.print(f"{model} at {asked.endpoint}, {asked.family}: {asked.prompt}", style="dim")
+    if family.candidates == 1:
+        return _each(asked, family, model, sources, shown, console)
+    orders = [(0, 1), (1, 0)] if asked.both_orders else [(0, 1)]
+    winners = []
+    for order in orders:
+        answer = ask(asked, family, model, [*sources, *(shown[k] for k in order)])
+        labels = [f"{'AB'[k]} {Path((asked.a, asked.b)[k]).name}" for k in order]
+        if not _show(answer, family, labels, console):
+            return 1
+        won = answer.reply.winner
+        winners.append(won if won is None or order == (0, 1) else 1 - won)
+    if asked.both_orders:
+        console.print(_agreement(winners))
+    return 0
+
+
+def _agreement(winners: Sequence[float | None]) -> str:
+    names = ["nobody" if w is None else "a tie" if w == TIE else "A" if w == FIRST else "B" for w in winners]
+    if names[0] == names[1]:
+        return f"Both orders agree: {names[0]}."
+    return f"The orders disagree: {names[0]} with A first, {names[1]} with B first. The judge goes by position here."
+
+
+def _each(
+    asked: Comparison,
+    family: ChatFamily,
+    model: str,
+    sources: list[list[str]],
+    shown: Sequence[list[str]],
+    console: Console,
+) -> int:
+    """Families that score one candidate: each is asked about alone."""
+    for label, path, urls in zip("AB", (asked.a, asked.b), shown, strict=True):
+        answer = ask(asked, family, model, [*sources, urls])
+        if not _show(answer, family, [f"{label} {Path(path).name}"], console):
+            return 1
+    return 0
+
+
+def family_of(asked: Comparison) -> ChatFamily:
+    """The family, set for pictures or videos. Raises ValueError for a mixture or an unusable wording."""
+    videos = [path.lower().endswith(VIDEO_ENDINGS) for path in (asked.a, asked.b)]
+    if videos[0] != videos[1]:
+        raise ValueError(
+            f"{asked.a!r} and {asked.b!r}: one is a picture and one a video; the judge compares like with like"
+        )
+    family = replace(FAMILIES[asked.family](), medium="video" if videos[0] else "image", prompt_file=asked.prompt_file)
+    for name, complaint in family.problems():
+        raise ValueError(f"the family's {name} {complaint}")
+    return family
+
+
+def _sources(asked: Comparison, family: ChatFamily) -> list[list[str]]:
+    if family.sources and not asked.source:
+        raise ValueError(f"the family {asked.family} shows the picture that was edited: give it with --source")
+    return [data_urls(asked.source, 1)] if family.sources else []
+
+
+# ---------------------------------------------------------------- media
+
+
+def data_urls(path: str, frames: int) -> list[str]:
+    """A picture as one data URL (PNG), a video as those of its sampled frames. Raises ValueError if unreadable."""
+    if not Path(path).is_file():
+        raise ValueError(f"the file {path!r} is not there")
+    pictures = read_video(path, frames) if path.lower().endswith(VIDEO_ENDINGS) else [_picture(path)]
+    return [_data_url(picture) for picture in pictures]
+
+
+def _picture(path: str) -> Image.Image:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
+        raise ValueError(f"the picture {path!r} cannot be read: {error}") from error
+
+
+def read_video(path: str, frames: int) -> list[Image.Image]:
+    """``frames`` uniformly spaced frames, first and last included, as training samples them."""
+    import imageio.v3 as iio
+    import numpy as np
+    from PIL import Image
+
+    try:
+        clip = [Image.fromarray(np.ascontiguousarray(frame)).convert("RGB") for frame in iio.imiter(path)]
+    except (OSError, ValueError, RuntimeError) as error:  # imageio's plugins raise any of these
+        raise ValueError(f"the video {path!r} cannot be read: {error}") from error
+    if not clip:
+        raise ValueError(f"the video {path!r} has no frames")
+    return [clip[k] for k in sampled(len(clip), frames)]
+
+
+def sampled(available: int, wanted: int) -> list[int]:
+    """Frame numbers, the same as the trainer's client chooses.
+
+    >>> sampled(33, 8), sampled(5, 1)
+    ([0, 5, 9, 14, 18, 23, 27, 32], [2])
+    """
+    if wanted == 1:
+        return [available // 2]
+    count = min(wanted, available)
+    return sorted({round(k * (available - 1) / max(1, count - 1)) for k in range(count)})
+
+
+def _data_url(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+# ---------------------------------------------------------------- asking
+
+
+def served_model(endpoint: str) -> str:
+    """The first model that the server lists. Raises ValueError where nobody answers."""
+    try:
+        listed = json.loads(machine.get(_base(endpoint) + "/models", _key()))
+        return str(listed["data"][0]["id"])
+    except urllib.error.HTTPError as error:
+        raise ValueError(_refused(endpoint, error)) from error
+    except OSError as error:
+        raise ValueError(_unreachable(endpoint, error)) from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{endpoint} answers, but not as a judge's server does: no list of models") from error
+
+
+def ask(asked: Comparison, family: ChatFamily, model: str, media: Sequence[Sequence[str]]) -> Answer:
+    """One request. Raises ValueError for a judge that cannot be reached, refuses, or answers nonsense."""
+    body = {
+        "model": model,
+        "messages": family.request(asked.prompt, media),
+        "temperature": 0.0,
+        "seed": 0,
+        "max_tokens": asked.max_tokens,
+    }
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {_key()}"} if _key() else {})
+    data = json.dumps(body | family.options()).encode()
+    request = urllib.request.Request(_base(asked.endpoint) + "/chat/completions", data=data, headers=headers)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # judges are named by address
+    start = time.monotonic()
+    try:
+        with opener.open(request, timeout=asked.timeout_s) as response:
+            content = response.read()
+    except urllib.error.HTTPError as error:
+        raise ValueError(_refused(asked.endpoint, error)) from error
+    except OSError as error:
+        raise ValueError(_unreachable(asked.endpoint, error)) from error
+    return _answer(content, family, asked.endpoint, time.monotonic() - start)
+
+
+def _answer(content: bytes, family: ChatFamily, endpoint: str, seconds: float) -> Answer:
+    try:
+        completion = json.loads(content)
+        choice = completion["choices"][0]
+        text = choice["message"].get("content") or ""
+        first = ((choice.get("logprobs") or {}).get("content") or [{"top_logprobs": []}])[0]["top_logprobs"]
+        likeliest = tuple((str(t["token"]), float(t["logprob"])) for t in first)
+        tokens = int((completion.get("usage") or {}).get("completion_tokens") or 0)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{endpoint} answers, but not with a chat completion: {content[:200]!r}") from error
+    read = Completion(text=text, finish_reason=choice.get("finish_reason") or "", first_token=likeliest)
+    return Answer(reply=family.read(read), text=text, tokens=tokens, seconds=seconds)
+
+
+def _base(endpoint: str) -> str:
+    """ "http://host:8000" and "http://host:8000/v1/" mean the same."""
+    url = endpoint.rstrip("/")
+    return url if url.partition("://")[2].count("/") else url + "/v1"
+
+
+def _key() -> str:
+    return os.environ.get(KEY_NAME, "")
+
+
+def _unreachable(endpoint: str, error: OSError) -> str:
+    reason = getattr(error, "reason", error)
+    return f"no judge answers at {endpoint} ({reason}): start one (make serve-judge), or name a running one with --endpoint"
+
+
+def _refused(endpoint: str, error: urllib.error.HTTPError) -> str:
+    said = error.read(2000).decode(errors="replace")
+    try:
+        parsed = json.loads(said)
+        said = str((parsed.get("error") or parsed)["message"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass  # then as it came
+    hint = f"; is {KEY_NAME} set to the judge's key?" if error.code in (401, 403) else ""
+    return f"the judge at {endpoint} refuses: HTTP {error.code} {said}{hint}"
+
+
+# ---------------------------------------------------------------- showing
+
+
+def _show(answer: Answer, family: ChatFamily, labels: Sequence[str], console: Console) -> bool:
+    """Prints a reply; False for one that does not say who wins, which is printed as it came."""
+    if answer.reply.status != "ok":
+        console.print(f"The reply says nothing that counts ({answer.reply.problem}). It was:", style="bold red")
+        console.print(answer.text or "(empty)", markup=False, highlight=False, soft_wrap=True)
+        return False
+    console.print(table(answer, family, labels))
+    if answer.reply.problem:
+        console.print(f"left out: {answer.reply.problem}", style="yellow")
+    return True
+
+
+def table(answer: Answer, family: ChatFamily, labels: Sequence[str]) -> Table:
+    """Dimensions, scores, reasons and winners of one reply."""
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(title=f"{answer.seconds:.1f} s, {answer.tokens} tokens", title_justify="left", show_lines=False)
+    made.add_column("")
+    for label in labels:
+        made.add_column(Text(label), justify="right")
+    made.add_column("winner" if len(labels) == 2 else "")
+    made.add_column("why", ratio=1, overflow="fold")
+    for row in rows(answer, family):
+        scores = [*row.scores, *[""] * len(labels)][: len(labels)]
+        named = [
+            f"{label[0]}: {note}" if len(row.notes) > 1 else note
+            for label, note in zip(labels, row.notes, strict=False)
+        ]
+        cells = [row.name, *scores, _name(row.winner, labels), "\n".join(named)]
+        made.add_row(*[Text(cell) for cell in cells], style="bold" if row.heading else None)
+    return made
+
+
+def _name(winner: float | None, labels: Sequence[str]) -> str:
+    if winner is None or len(labels) < 2:
+        return ""
+    return "tie" if winner == TIE else labels[0 if winner == FIRST else 1][0]
+
+
+def rows(answer: Answer, family: ChatFamily) -> Iterator[Row]:
+    """What to show of a reply: for Flex its own dimensions, for others what the parser found; then the whole."""
+    reply = answer.reply
+    if isinstance(family, Flex):
+        yield from _flex_rows(answer.text)
+        return
+    for name in dict.fromkeys([*reply.scores, *reply.dimensions]):
+        scores = tuple(f"{v:.3g}" for v in reply.scores.get(name, ()))
+        yield Row(name=name, scores=scores, winner=reply.dimensions.get(name))
+    yield Row(name="overall", winner=reply.winner, notes=(_prose(answer.text),), heading=True)
+
+
+def _prose(text: str, longest: int = 1200) -> str:
+    """The reason in a JSON reply, or the reply itself; no more of it than fits on a screen."""
+    found = json_object(text)[0] or {}
+    said = _words(found.get("reason") or found.get("reasoning")) or text.strip()
+    return said[:longest] + (" …" if len(said) > longest else "")
+
+
+def _flex_rows(text: str) -> Iterator[Row]:
+    """Every category with its dimensions, as the judge wrote them; tolerant, because the parser is."""
+    found = json_object(text)[0] or {}
+    categories = found.get("categories")
+    for category in categories if isinstance(categories, list) else []:
+        if not isinstance(category, dict):
+            continue
+        note = _words(category.get("cat_reason"))
+        yield Row(
+            name=_words(category.get("name")), notes=(note,), winner=side(category.get("cat_winner")), heading=True
+        )
+        dims = category.get("dims")
+        for dim in dims if isinstance(dims, list) else []:
+            if isinstance(dim, dict):
+                yield Row(
+                    name="  " + _words(dim.get("name")),
+                    scores=(_words(dim.get("score_1")), _words(dim.get("score_2"))),
+                    notes=(_words(dim.get("reason_1")), _words(dim.get("reason_2"))),
+                )
+    yield Row(name="overall", winner=side(found.get("winner")), notes=(_words(found.get("reason")),), heading=True)
+
+
+def _words(value: object) -> str:
+    return "" if value is None else str(value)

@@ -1,0 +1,161 @@
+"""Replicas as Ray actors: one vLLM server each, on whatever node has its GPUs.
+
+The actor is only a keeper's parent: when the actor, its node's Ray or the process that made it goes, so does vLLM.
+Every node needs the repository and the judge's environment under the same path. The API key travels as an
+argument, never in Ray's runtime environment, which its dashboard shows.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from reward_server import machine
+from reward_server.serve import Replica, VllmJudge, end_of_log, tensor_parallel
+
+
+class ReplicaActor:
+    """Runs inside Ray; one replica on its node."""
+
+    def __init__(self) -> None:
+        self.replica: Replica | None = None
+
+    def start(self, judge: VllmJudge, key: str, on_gpu: bool, port: int, log: str) -> str:
+        """Starts the server and returns its endpoint when it answers. Ray has set CUDA_VISIBLE_DEVICES."""
+        import ray
+
+        address = ray.util.get_node_ip_address()
+        self.replica = Replica(judge, key, on_gpu, (), port, Path(log), address)
+        self.replica.wait(time.monotonic() + judge.start_s)
+        return self.replica.endpoint
+
+    def loss(self) -> str:
+        """What happened if the server has ended, else nothing."""
+        kept = self.replica.kept if self.replica else None
+        if kept is None or kept.alive():
+            return ""
+        return f"it has ended with status {kept.status}; {end_of_log(kept.log)}"
+
+    def stop(self) -> None:
+        if self.replica:
+            self.replica.kept.stop()
+
+
+class RayJudge:
+    """The replicas of one judge on a Ray cluster; ends with ``stop()`` or with this process.
+
+    Raises:
+        ValueError: no Ray here, no cluster at the address, too few GPUs, or a replica that does not come up.
+    """
+
+    def __init__(self, judge: VllmJudge, log_dir: Path) -> None:
+        self._ray = connect(judge.ray)
+        on_gpu = self._room_for(judge)
+        make: Any = self._ray.remote(ReplicaActor).options(
+            num_gpus=tensor_parallel(judge) if on_gpu else 0, num_cpus=0, scheduling_strategy="SPREAD"
+        )
+        self._told: set[int] = set()
+        self._actors = [make.remote() for _ in range(judge.replicas)]
+        starting = [
+            actor.start.remote(
+                judge,
+                judge.key,
+                on_gpu,
+                judge.port + k if judge.port else 0,
+                str((log_dir / f"judge_{k}.log").absolute()),
+            )
+            for k, actor in enumerate(self._actors)
+        ]
+        try:
+            self.endpoints: tuple[str, ...] = tuple(self._ray.get(starting, timeout=judge.start_s + 60))
+        except BaseException as error:
+            self.stop()
+            raise _plain(error) from error
+
+    def _room_for(self, judge: VllmJudge) -> bool:
+        """Whether the replicas go on GPUs. Raises ValueError where they do not fit or could not be reached."""
+        nodes = [n for n in self._ray.nodes() if n["Alive"]]
+        if len(nodes) > 1 and machine.is_loopback(judge.host):
+            raise ValueError(
+                f"the Ray cluster has {len(nodes)} nodes, and replicas that listen on {judge.host} cannot be reached from "
+                f"another: give --host 0.0.0.0 and an API key in {judge.api_key_env}"
+            )
+        free = self._ray.available_resources().get("GPU", 0)
+        on_gpu = judge.device == "gpu" or (judge.device == "auto" and "GPU" in self._ray.cluster_resources())
+        needed = judge.replicas * tensor_parallel(judge)
+        if on_gpu and free < needed:
+            raise ValueError(
+                f"{judge.replicas} replicas × tensor parallel size {tensor_parallel(judge)} need {needed} GPUs, and "
+                f"the Ray cluster has {free:g} free"
+            )
+        return on_gpu
+
+    def alive(self) -> bool:
+        return len(self._told) < len(self._actors)
+
+    def losses(self) -> list[str]:
+        """A text for each replica that has ended by itself, told once."""
+        found = []
+        for k, actor in enumerate(self._actors):
+            if k not in self._told and (loss := self._loss(actor)):
+                self._told.add(k)
+                found.append(f"replica {k}: {loss}")
+        return found
+
+    def _loss(self, actor: Any) -> str:
+        try:
+            return self._ray.get(actor.loss.remote(), timeout=30)
+        except self._ray.exceptions.GetTimeoutError:
+            return ""  # a busy cluster is no loss
+        except self._ray.exceptions.RayError as error:
+            return f"its actor is gone: {str(error).strip().splitlines()[0]}"
+
+    def stop(self) -> None:
+        """Stops every server, then the actors and this process's part in the cluster."""
+        stopping = [actor.stop.remote() for actor in self._actors]
+        self._ray.wait(stopping, num_returns=len(stopping), timeout=30)
+        for actor in self._actors:
+            self._ray.kill(actor)  # also one that is still starting: its keeper notices
+        self._ray.shutdown()
+
+
+def connect(address: str) -> Any:
+    """The ``ray`` module, connected. Raises ValueError with the way out."""
+    try:
+        import ray
+        import ray.exceptions
+    except ImportError as error:
+        raise ValueError(
+            f"replicas on the Ray cluster {address!r} need Ray, which this Python does not have: use the trainer's "
+            "(.venv/bin/python -m reward_server serve …), or --ray-address none"
+        ) from error
+    try:
+        _knock(address)
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+    except OSError as error:
+        raise ValueError(
+            f"no Ray cluster answers at {address!r} (--ray-address or RAY_ADDRESS): start one with `ray start --head`, "
+            "or give --ray-address none"
+        ) from error
+    return ray
+
+
+def _knock(address: str) -> None:
+    """Raises OSError where nobody listens, at once: Ray itself tries for minutes and then ends the process."""
+    host, _, port = address.rpartition(":")
+    if port.isdigit():  # "auto" and the like are Ray's to find
+        with socket.create_connection((host.removeprefix("ray://").strip("[]"), int(port)), timeout=10):
+            pass
+
+
+def _plain(error: BaseException) -> BaseException:
+    """A user's message out of what Ray wraps around it."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, ValueError):
+        return ValueError(str(cause))
+    if type(error).__name__ == "GetTimeoutError":
+        return ValueError("the replicas did not come up in time (start_s): has the cluster room for them?")
+    return error

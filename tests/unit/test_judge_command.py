@@ -1,0 +1,142 @@
+"""`python -m reward_server judge` against a judge that knows the truth, and against none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+from PIL import Image
+
+from grpo_flex.judging import frame_indices
+from reward_server.__main__ import main
+from reward_server.ask import FAMILIES, Answer, data_urls, rows, sampled
+from reward_server.families.base import Reply
+from reward_server.families.edit import EditPoint
+from testbed import render, scenes
+from testbed.oracle_judge import OracleJudge
+
+CAPTION = "a red circle left of a blue square on a white background"
+OTHER = "a green cross on a black background"
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("GRPO_FLEX_JUDGE_KEY", raising=False)
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with OracleJudge().start(tmp_path_factory.mktemp("oracle")) as judge:
+        yield judge.endpoints[0]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A right and a wrong picture, and clips that begin as the other and end so."""
+    folder = tmp_path_factory.mktemp("media")
+    pictures = {
+        name: render.render(scenes.sample_scene(np.random.default_rng(0), scenes.parse(caption)))
+        for name, caption in (("right", CAPTION), ("wrong", OTHER))
+    }
+    for name, picture in pictures.items():
+        Image.fromarray(picture).save(folder / f"{name}.png")
+        other = pictures["wrong" if name == "right" else "right"]
+        # Smooth colours survive the codec best when the frame is larger than its blocks.
+        clip = np.stack([other] * 8 + [picture] * 8).repeat(4, axis=1).repeat(4, axis=2)
+        iio.imwrite(folder / f"{name}.mp4", clip, fps=8)
+    (folder / "broken.png").write_bytes((folder / "right.png").read_bytes()[:100])
+    (folder / "broken.mp4").write_bytes(b"no video")
+    return {path.name: str(path) for path in folder.iterdir()}
+
+
+def judge(files: dict[str, str], a: str, b: str, *words: str) -> int:
+    return main(["judge", files.get(a, a), files.get(b, b), "--prompt", CAPTION, *words])
+
+
+def test_two_pictures_give_a_table(endpoint: str, files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert judge(files, "wrong.png", "right.png", "--endpoint", endpoint) == 0
+    printed = capsys.readouterr().out
+    for expected in ("A wrong.png", "B right.png", "winner", "Semantic Alignment", "Sharpness", "overall"):
+        assert expected in printed
+    overall = next(line for line in printed.splitlines() if "overall" in line)
+    assert " B " in overall and " A " not in overall
+
+
+def test_both_orders_are_told_apart(endpoint: str, files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert judge(files, "right.png", "wrong.png", "--endpoint", endpoint, "--both-orders") == 0
+    assert "Both orders agree: A." in capsys.readouterr().out
+
+
+def test_a_judge_that_goes_by_position_is_found_out(
+    tmp_path: Path, files: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with OracleJudge(position_bias=1.0).start(tmp_path) as biased:
+        assert judge(files, "right.png", "wrong.png", "--endpoint", biased.endpoints[0], "--both-orders") == 0
+    assert "The orders disagree: A with A first, B with B first" in capsys.readouterr().out
+
+
+def test_two_videos(endpoint: str, files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert judge(files, "wrong.mp4", "right.mp4", "--endpoint", endpoint) == 0
+    printed = capsys.readouterr().out
+    assert "Video Quality" in printed and "Video 2 measures" in printed
+    assert len(data_urls(files["right.mp4"], 8)) == 8
+
+
+def test_one_candidate_at_a_time(endpoint: str, files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert judge(files, "right.png", "wrong.png", "--endpoint", endpoint, "--family", "2.0-point") == 0
+    printed = capsys.readouterr().out
+    assert "A right.png" in printed and "B wrong.png" in printed and "alignment" in printed
+
+
+def test_a_reply_that_says_nothing_is_shown(
+    tmp_path: Path, files: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with OracleJudge(garbage_rate=1.0).start(tmp_path) as broken:
+        assert judge(files, "right.png", "wrong.png", "--endpoint", broken.endpoints[0]) == 1
+    printed = capsys.readouterr().out
+    assert "no JSON object" in printed and "I like both. Image 1/2!" in printed
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "words", "said"),
+    [
+        ("right.png", "missing.png", (), "'missing.png' is not there"),
+        ("right.png", "broken.png", (), "cannot be read"),
+        ("right.mp4", "broken.mp4", (), "cannot be read"),
+        ("right.png", "right.mp4", (), "one is a picture and one a video"),
+        ("right.png", "wrong.png", ("--endpoint", "http://127.0.0.1:9/v1"), "no judge answers at"),
+        ("right.png", "wrong.png", ("--family", "flux"), "no family 'flux'; there are flex, think"),
+        ("right.png", "wrong.png", ("--family", "edit"), "give it with --source"),
+        ("right.png", "wrong.png", ("--prompt-file", "nowhere.txt"), "cannot be read as UTF-8 text"),
+    ],
+)
+def test_what_is_wrong_is_said(
+    files: dict[str, str], capsys: pytest.CaptureFixture[str], a: str, b: str, words: tuple[str, ...], said: str
+) -> None:
+    assert judge(files, a, b, "--endpoint", "http://127.0.0.1:9", *words) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_refusal_is_passed_on(endpoint: str, files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--endpoint", endpoint, "--family", "edit", "--source", files["right.png"]]
+    assert judge(files, "right.png", "wrong.png", *words) == 2
+    assert "refuses: HTTP 400 3 pictures do not make two candidates" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wanted", [1, 8, 16])
+def test_frames_are_sampled_as_in_training(wanted: int) -> None:
+    for available in range(1, 100):
+        assert sampled(available, wanted) == frame_indices(available, wanted)
+
+
+def test_every_family_can_be_shown() -> None:
+    reply = Reply(status="ok", winner=0.0, dimensions={"x": 0.5}, scores={"x": (0.25, 0.75)})
+    for family in FAMILIES.values():
+        answer = Answer(reply=reply, text='{"categories": [3, {"dims": 1}], "reason": null}', tokens=1, seconds=0.1)
+        assert [row.name for row in rows(answer, family())][-1] == "overall"
+    point = Answer(reply=reply, text='{"reasoning": "because"}', tokens=1, seconds=0.1)
+    assert list(rows(point, EditPoint()))[-1].notes == ("because",)
