@@ -12,7 +12,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export WANDB_ERROR_REPORTING := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-judge serve-judge train-image-grpo testbed-models evaluate check test clean
+.PHONY: help setup setup-judge serve-judge train-image-grpo testbed-models train-judge evaluate check test clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -55,6 +55,10 @@ serve-judge: setup-judge $(if $(RAY_ADDRESS),setup)  ## host a judge until Ctrl-
 
 testbed-models: setup  ## rebuild the testbed's weights (hours on a laptop; resumable)
 	$(PY) -m testbed.train_flux
+
+train-judge: setup  ## train the testbed's tiny judge from nothing (an hour or two; resumable)
+	$(PY) -m testbed.train_judge
+	$(PY) -m testbed.measure_judge --card
 
 check: setup  ## ruff and pyright
 	$(VENV)/bin/ruff check .

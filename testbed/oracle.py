@@ -279,7 +279,7 @@ def score(image: np.ndarray, reference: Mapping[str, Any]) -> Score:
     present = tuple(seen for seen in reading.objects if seen.confidence >= PRESENT)
     wanted = reference["objects"]
     padded = (*present, *(None,) * len(wanted))
-    options = (_attributes(reference, chosen) for chosen in set(permutations(padded, len(wanted))))
+    options = (_attributes(reference, chosen) for chosen in dict.fromkeys(permutations(padded, len(wanted))))
     best = max(options, key=lambda held: (_own(held), sum(held.values())))
     attributes = best | {
         "background": reading.background == reference["background"],

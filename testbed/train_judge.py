@@ -1,0 +1,222 @@
+"""Trains the tiny judge from nothing and saves it to `testbed/tiny_judge`.
+
+`python -m testbed.train_judge` draws the pictures, then trains what is missing: first to describe one picture, then
+to compare two in the Flex format, with the oracle as the teacher. Everything resumes from `testbed/.build`.
+`--export` only saves the present weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import Qwen3VLForConditionalGeneration
+
+from testbed import judge_trace
+from testbed.judge_data import Draw, Material, draw_renders, load_bank, training_texts
+from testbed.judge_model import new_model, patches, reply_ids, reply_logits, request_ids, save, token_ids
+from testbed.train_vae import BUILD, load_state, save_state
+
+OUTPUT = Path(__file__).parent / "tiny_judge"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeConfig:
+    """What all stages share: the seed of the weights, how many prompts have pictures, and where progress is kept."""
+
+    seed: int = 41
+    build: Path = BUILD
+    sampled_prompts: int = 5000
+    rendered_prompts: int = 5000
+    checkpoint_every: int = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Hyper-parameters of a stage; `pictures` is 1 to describe one, 2 to compare two."""
+
+    name: str
+    pictures: int
+    seed: int
+    steps: int
+    batch: int
+    peak_lr: float
+
+
+STAGES = (
+    Stage(name="judge_describe", pictures=1, seed=42, steps=3000, batch=96, peak_lr=2e-3),
+    Stage(name="judge_compare", pictures=2, seed=43, steps=6000, batch=48, peak_lr=1.5e-3),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Right-padded sequences: patches [b * pictures, 64, 384], ids [b, length], wanted bool [b, length] with m true
+    places whose next tokens are `targets` [m]."""
+
+    pixels: torch.Tensor
+    ids: torch.Tensor
+    wanted: torch.Tensor
+    targets: torch.Tensor
+
+
+@lru_cache(maxsize=1)
+def material(config: JudgeConfig) -> Material:
+    """The pictures to learn from, drawn where they are missing."""
+    sampled = training_texts(config.sampled_prompts, config.seed)
+    rendered = training_texts(config.rendered_prompts, config.seed + 1, novel=0.15)
+    return Material(
+        samples=load_bank(config.build / "judge_samples", sampled, flux_draw(), config.seed),
+        renders=load_bank(config.build / "judge_renders", rendered, draw_renders, config.seed + 1),
+    )
+
+
+def flux_draw() -> Draw:
+    """Draws with the tiny FLUX as it is saved; loads it when it is first needed."""
+    pipelines = []
+
+    def draw(rng: np.random.Generator, texts: Sequence[str]) -> np.ndarray:
+        from testbed.measure_flux import load, sample
+
+        if not pipelines:
+            pipelines.append(load())
+        return sample(pipelines[0], texts, seed=int(rng.integers(2**31)))
+
+    return draw
+
+
+def make_batch(stage: Stage, drawn: Material, step: int) -> Batch:
+    """The batch of a step; the same for the same step."""
+    rng = np.random.default_rng((stage.seed, step))
+    images: list[np.ndarray] = []
+    requests, replies = [], []
+    for _ in range(stage.batch):
+        if stage.pictures == 1:
+            image, judged = drawn.picture(rng)
+            images.append(image)
+            requests.append(request_ids(1))
+            replies.append(reply_ids(judge_trace.description(judged.reading)))
+        else:
+            pair = drawn.pair(rng)
+            images += pair.images
+            requests.append(request_ids(2, pair.text))
+            replies.append(reply_ids(judge_trace.trace(pair.reference, *pair.judged)))
+    return collate(np.stack(images), requests, replies)
+
+
+def collate(images: np.ndarray, requests: Sequence[Sequence[int]], replies: Sequence[Sequence[int]]) -> Batch:
+    """Pads on the right; only the replies are to be learned."""
+    length = max(len(request) + len(reply) for request, reply in zip(requests, replies, strict=True))
+    ids = torch.full((len(requests), length), token_ids()["<|endoftext|>"])
+    wanted = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, (request, reply) in enumerate(zip(requests, replies, strict=True)):
+        end = len(request) + len(reply)
+        ids[row, :end] = torch.tensor([*request, *reply])
+        wanted[row, len(request) - 1 : end - 1] = True
+    return Batch(pixels=patches(images), ids=ids, wanted=wanted, targets=ids[:, 1:][wanted[:, :-1]])
+
+
+def logits_of(model: Qwen3VLForConditionalGeneration, batch: Batch) -> torch.Tensor:
+    """Logits [m, vocabulary] in float32, by bfloat16 arithmetic."""
+    # For so few tokens the plain attention is the fastest of the CPU's.
+    with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", dtype=torch.bfloat16):
+        return reply_logits(model, batch.pixels, batch.ids, batch.wanted).float()
+
+
+class Progress:
+    """Moving averages of what a training prints."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+        self._winners = torch.tensor([token_ids()[piece] for piece in judge_trace.overall_winners()])
+
+    def add(self, loss: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> None:
+        right = (logits.argmax(-1) == targets).float()
+        decisive = torch.isin(targets, self._winners)
+        self._follow("loss", loss.item())
+        self._follow("tokens right", right.mean().item())
+        if decisive.any():
+            self._follow("winner right", right[decisive].mean().item())
+
+    def _follow(self, name: str, value: float) -> None:
+        self.values[name] = 0.98 * self.values.get(name, value) + 0.02 * value
+
+    def __str__(self) -> str:
+        return " ".join(f"{name} {value:.4f}" for name, value in self.values.items())
+
+
+def train(
+    model: Qwen3VLForConditionalGeneration, stage: Stage, config: JudgeConfig, stop_at: int | None = None
+) -> None:
+    """Trains, or resumes, a stage in place; its state is `<build>/<stage>.pt`."""
+    optimizer = torch.optim.AdamW(model.parameters(), stage.peak_lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, stage.peak_lr, stage.steps, pct_start=0.08, final_div_factor=50
+    )
+    path, progress = config.build / f"{stage.name}.pt", Progress()
+    first, spent = load_state(path, model, optimizer, schedule)
+    last = min(stage.steps, stop_at or stage.steps)
+    if first >= last:
+        return
+    config.build.mkdir(parents=True, exist_ok=True)
+    drawn, start = material(config), time.time() - spent
+    for step in range(first, last):
+        batch = make_batch(stage, drawn, step)
+        logits = logits_of(model, batch)
+        loss = nn.functional.cross_entropy(logits, batch.targets)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        progress.add(loss.detach(), logits.detach(), batch.targets)
+        if (step + 1) % 25 == 0:
+            print(f"{stage.name} {step + 1}/{stage.steps} {progress} {time.time() - start:.0f} s", flush=True)
+        if (step + 1) % config.checkpoint_every == 0 or step + 1 == last:
+            save_state(path, step + 1, time.time() - start, model, optimizer, schedule)
+
+
+def train_all(config: JudgeConfig) -> None:
+    """Both stages, each from where the one before ends."""
+    model = new_model(config.seed)
+    for stage in STAGES:
+        train(model, stage, config)
+
+
+def present_model(config: JudgeConfig) -> Qwen3VLForConditionalGeneration:
+    """The model of the latest stage that has begun. Raises FileNotFoundError where none has."""
+    begun = [path for stage in STAGES if (path := config.build / f"{stage.name}.pt").exists()]
+    if not begun:
+        raise FileNotFoundError(f"no stage has begun in {config.build}")
+    model = new_model(config.seed)
+    model.load_state_dict(torch.load(begun[-1], weights_only=False)["parts"][0])
+    return model.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--export", action="store_true", help="save the present weights and stop")
+    parser.add_argument("--draw", action="store_true", help="draw the pictures and stop")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    config = JudgeConfig()
+    if options.draw:
+        material(config)
+        return
+    if not options.export:
+        train_all(config)
+    save(present_model(config), options.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""The tiny judge: its teacher's traces, its tokenizer, its data, and its fast forward against the stock one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from reward_server.families.flex import Flex, parse
+from testbed import judge_data, judge_model, judge_trace, train_judge
+from testbed import scenes as world
+from testbed.judge_data import Bank, Material, Pair
+from testbed.judge_model import new_model, new_tokenizer, patches, reply_ids, request_ids, token_ids
+from testbed.measure_judge import ask, decode, summary
+from testbed.train_judge import JudgeConfig, Stage
+
+
+@pytest.fixture(scope="module")
+def material() -> Material:
+    texts = judge_data.training_texts(40, seed=1, novel=0.2)
+    banks = []
+    for seed in (2, 3):
+        images = judge_data.draw_renders(np.random.default_rng(seed), [t for t in texts for _ in range(4)])
+        banks.append(Bank(texts=texts, images=images.reshape(40, 4, 64, 64, 3)))
+    return Material(samples=banks[0], renders=banks[1])
+
+
+@pytest.fixture(scope="module")
+def pairs(material: Material) -> list[Pair]:
+    rng = np.random.default_rng(5)
+    return [material.pair(rng) for _ in range(150)]
+
+
+@pytest.fixture(scope="module")
+def model() -> Qwen3VLForConditionalGeneration:
+    return new_model(0).eval()
+
+
+def text_of(pair: Pair) -> str:
+    return "".join(judge_trace.trace(pair.reference, *pair.judged))
+
+
+def test_the_parser_reads_the_oracles_winners_from_every_trace(pairs: list[Pair]) -> None:
+    for pair in pairs:
+        reply = parse(text_of(pair))
+        one, two = (judged.score for judged in pair.judged)
+        assert (reply.status, reply.problem) == ("ok", "")
+        assert reply.winner == judge_trace.winner_of(one, two)
+        for anchor, name in (("alignment", "alignment"), ("quality", "quality"), ("aesthetics", "composition")):
+            first, second = getattr(one, name), getattr(two, name)
+            assert reply.dimensions[anchor] == (reply.winner if first == second else float(second > first))
+
+
+def test_a_swapped_pair_has_the_opposite_winners(pairs: list[Pair]) -> None:
+    for pair in pairs:
+        one, two = parse(text_of(pair)), parse(text_of(pair.swapped()))
+        assert {k: 1 - v for k, v in one.dimensions.items()} == two.dimensions
+        assert one.winner == 1 - (two.winner or 0.0)
+
+
+def test_traces_fit_the_familys_schema(pairs: list[Pair]) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    import json
+
+    for pair in pairs:
+        jsonschema.validate(json.loads(text_of(pair)), Flex().schema())
+
+
+def test_a_piece_is_one_token_and_texts_survive(pairs: list[Pair]) -> None:
+    words = new_tokenizer()
+    for pair in pairs:
+        for pieces in (
+            judge_trace.trace(pair.reference, *pair.judged),
+            judge_trace.description(pair.judged[0].reading),
+        ):
+            ids = reply_ids(pieces)
+            assert words.encode("".join(pieces), add_special_tokens=False) == ids[:-1]
+            assert words.decode(ids, skip_special_tokens=True) == "".join(pieces)
+    strange = 'grün "cats"\n\t{}'
+    assert words.decode(words.encode(strange, add_special_tokens=False)) == strange
+
+
+def test_every_caption_is_few_tokens() -> None:
+    prompts = [*world.load_prompts("shapes_train")[:200], *world.load_prompts("shapes_heldout")]
+    assert max(len(request_ids(2, prompt["text"])) for prompt in prompts) <= 54
+
+
+def test_a_pair_without_a_better_picture_is_left_out() -> None:
+    text = "a red circle on a white background"
+    image = judge_data.render(world.sample_scene(np.random.default_rng(0), world.parse(text)))
+    bank = Bank(texts=[text], images=np.stack([image] * 4)[None])
+    assert judge_data.siblings(bank, 0, 0, 1) is None
+
+
+def test_no_prompt_is_held_out(pairs: list[Pair]) -> None:
+    closed = {world.canonical(description) for description in world.heldout_descriptions()}
+    asked = [*judge_data.training_texts(300, seed=7, novel=0.3), *(pair.text for pair in pairs)]
+    assert not closed & {world.canonical(world.parse(text)) for text in asked}
+
+
+def test_a_bank_is_drawn_once_and_refuses_other_prompts(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def draw(rng: np.random.Generator, texts: Sequence[str]) -> np.ndarray:
+        calls.append(len(texts))
+        return judge_data.draw_renders(rng, texts)
+
+    texts = judge_data.training_texts(3, seed=1)
+    first = judge_data.load_bank(tmp_path, texts, draw, 0)
+    again = judge_data.load_bank(tmp_path, texts, draw, 0)
+    assert calls == [12] and np.array_equal(first.images, again.images)
+    with pytest.raises(ValueError, match="remove"):
+        judge_data.load_bank(tmp_path, texts[::-1], draw, 0)
+
+
+def test_patches_are_the_processors() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3)).astype(np.uint8)
+    settings = dict(judge_model.processor_settings()["preprocessor_config.json"])
+    del settings["image_processor_type"], settings["processor_class"]
+    made = Qwen2VLImageProcessorPil(**settings)([Image.fromarray(i) for i in images], return_tensors="pt")  # pyright: ignore[reportArgumentType]
+    assert torch.equal(made["pixel_values"], patches(images).flatten(0, 1))
+    assert made["image_grid_thw"].tolist() == [[1, 8, 8]] * 3
+
+
+def test_the_fast_forward_is_the_stock_one(model: Qwen3VLForConditionalGeneration, pairs: list[Pair]) -> None:
+    some = pairs[:3]
+    requests = [request_ids(2, pair.text) for pair in some]
+    replies = [reply_ids(judge_trace.trace(pair.reference, *pair.judged)) for pair in some]
+    batch = train_judge.collate(np.stack([image for pair in some for image in pair.images]), requests, replies)
+    with torch.no_grad():
+        ours = judge_model.reply_logits(model, batch.pixels, batch.ids, batch.wanted)
+        stock = model(
+            input_ids=batch.ids,
+            attention_mask=(batch.ids != token_ids()["<|endoftext|>"]).long(),
+            mm_token_type_ids=(batch.ids == model.config.image_token_id).int(),
+            pixel_values=batch.pixels.flatten(0, 1),
+            image_grid_thw=torch.tensor([[1, 8, 8]] * 6),
+        ).logits[batch.wanted]
+    torch.testing.assert_close(ours, stock, atol=1e-5, rtol=1e-4)
+    assert len(batch.targets) == sum(map(len, replies))
+    assert batch.targets.tolist() == [token for reply in replies for token in reply]
+
+
+def test_the_saved_folder_asks_as_training_did(model: Qwen3VLForConditionalGeneration, tmp_path: Path) -> None:
+    judge_model.save(model, tmp_path / "judge")
+    words = AutoTokenizer.from_pretrained(tmp_path / "judge")
+    text = "a small red circle on a white background"
+    family = Flex(prompt_file=str(tmp_path / "judge" / "prompt.txt"))
+    messages = family.request(text, [["data:,"], ["data:,"]])
+    rendered = words.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    rendered = rendered.replace("<|image_pad|>", "<|image_pad|>" * 16)
+    assert words(rendered)["input_ids"] == request_ids(2, text)
+    again = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "judge", dtype=torch.float32)
+    assert (tmp_path / "judge" / "model.safetensors").stat().st_size < 12e6
+    assert again.generation_config.eos_token_id == token_ids()["<|im_end|>"]
+
+
+def test_training_resumes_exactly(tmp_path: Path, material: Material, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(name="stage", pictures=2, seed=1, steps=4, batch=2, peak_lr=1e-3)
+    monkeypatch.setattr(train_judge, "material", lambda config: material)
+    finished = []
+    for name, stops in (("whole", (4,)), ("parts", (2, 4))):
+        config, model = replace(JudgeConfig(), build=tmp_path / name), new_model(0)
+        for stop in stops:
+            model = new_model(0)
+            train_judge.train(model, stage, config, stop_at=stop)
+        finished.append(model.state_dict())
+    assert all(torch.equal(finished[0][key], finished[1][key]) for key in finished[0])
+
+
+def test_a_step_lowers_the_loss_of_its_batch(material: Material) -> None:
+    stage = Stage(name="stage", pictures=1, seed=1, steps=4, batch=4, peak_lr=1e-3)
+    batch, model = train_judge.make_batch(stage, material, 0), new_model(0)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    losses = []
+    for _ in range(5):
+        loss = torch.nn.functional.cross_entropy(train_judge.logits_of(model, batch), batch.targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_an_untrained_judge_is_measured_without_a_parsed_reply(
+    model: Qwen3VLForConditionalGeneration, pairs: list[Pair]
+) -> None:
+    found = summary(ask(model, pairs[:4]))
+    assert (found["pairs"], found["parsed"], found["accuracy"], found["consistent"]) == (4, 0, 0, 0)
+
+
+def test_decoding_in_batches_keeps_the_order(model: Qwen3VLForConditionalGeneration, pairs: list[Pair]) -> None:
+    some = pairs[:5]
+    requests = [request_ids(2, pair.text) for pair in some]
+    images = np.stack([image for pair in some for image in pair.images])
+    together = decode(model, requests, images, batch=2)
+    alone = [decode(model, [r], images[2 * i : 2 * i + 2])[0] for i, r in enumerate(requests)]
+    assert together == alone
