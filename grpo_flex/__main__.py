@@ -66,14 +66,26 @@ def _dry_run(config: RunConfig) -> int:
         name: len(read_prompts(getattr(config.prompts, name), f"prompts.{name}")) for name in ("train", "heldout")
     }
     print(to_json(config))
-    size = config.sampling.group_size
-    pairs = len(config.judge.pairs.pairs(size, 0))
     print(
-        f"\n{config.name}: {config.steps} steps of {config.prompts.per_step} prompts × {size} siblings, "
-        f"{config.prompts.per_step * pairs} verdicts a step; {counts['train']} training and {counts['heldout']} held-out prompts. "
+        f"\n{config.name}: {config.steps} steps of {config.prompts.per_step} prompts × {config.sampling.group_size} siblings, "
+        f"{_work_per_step(config)}; {counts['train']} training and {counts['heldout']} held-out prompts. "
         "Valid; nothing was started."
     )
     return 0
+
+
+def _work_per_step(config: RunConfig) -> str:
+    """What judge and scorers have to do, e.g. "192 verdicts a step and scores of clip"."""
+    from grpo_flex.scorers import label
+
+    size, parts = config.sampling.group_size, []
+    if config.judge is not None:
+        alone = config.judge.family.candidates == 1
+        questions = size if alone else len(config.judge.pairs.pairs(size, 0))
+        parts.append(f"{config.prompts.per_step * questions} verdicts a step")
+    if config.scorers:
+        parts.append(f"scores of {', '.join(map(label, config.scorers))}")
+    return " and ".join(parts)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

@@ -230,6 +230,46 @@ def dominated(values_KG: np.ndarray) -> np.ndarray:
     return np.asarray(np.any(beaten_by, axis=1))
 
 
+# ---------------------------------------------------------------- pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestAndWorst:
+    """One pair a prompt, as UnifiedReward builds it (arXiv 2503.05236, pair ranking and point sifting).
+
+    Ranked pairs make winners and losers; a score then keeps the best of the winners (Â = 1) and the worst of the losers
+    (Â = -1). All others are masked (NaN), and so is the whole prompt when the chosen one does not score higher.
+    """
+
+    rank: str = "overall"
+    """The part of the breakdown with the win rate: winners are above ½, losers below."""
+    score: str = "dim"
+    """The part that sifts them, e.g. a pointwise reward's. A group that lacks a part uses its ``rewards_G``."""
+
+    def __call__(self, rewarded: Sequence[RewardedGroup]) -> tuple[list[np.ndarray], dict[str, float]]:
+        """float64 [G] per group, and ``advantage/…`` figures."""
+        parts = [[g.breakdown_G.get(name, g.rewards_G) for name in (self.rank, self.score)] for g in rewarded]
+        pairs = [best_and_worst(rank, score) for rank, score in parts]
+        dropped = [float(np.isnan(pair).all()) for pair in pairs]
+        figures = advantage_metrics(rewarded, pairs, clip=1.0)
+        return pairs, figures | ({"advantage/dropped_share": float(np.mean(dropped))} if dropped else {})
+
+
+def best_and_worst(win_rates_G: np.ndarray, scores_G: np.ndarray) -> np.ndarray:
+    """+1 for the best-scored winner, -1 for the worst-scored loser, NaN for the rest; all NaN if there is no such pair.
+
+    >>> best_and_worst(np.array([1.0, 0.0, 1.0, 0.0]), np.array([3.0, 2.0, 4.0, 1.0]))
+    array([nan, nan,  1., -1.])
+    """
+    pair, scored = np.full(len(win_rates_G), np.nan), ~np.isnan(scores_G)
+    winners, losers = np.flatnonzero(scored & (win_rates_G > 0.5)), np.flatnonzero(scored & (win_rates_G < 0.5))
+    if len(winners) and len(losers):
+        best, worst = winners[np.argmax(scores_G[winners])], losers[np.argmin(scores_G[losers])]
+        if scores_G[best] > scores_G[worst]:
+            pair[best], pair[worst] = 1.0, -1.0
+    return pair
+
+
 # ---------------------------------------------------------------- figures
 
 

@@ -17,11 +17,16 @@ import ray
 import ray.exceptions
 
 from grpo_flex import verdicts
-from grpo_flex.config import ConfigError, RunConfig
+from grpo_flex.config import ConfigError, Judge, RunConfig
+from grpo_flex.endpoints import EndpointState
 from grpo_flex.judging import JudgeClient
 from grpo_flex.learner import Learner
 from grpo_flex.rollout import HELDOUT_BATCH, RolloutWorker
+from grpo_flex.scorers import label, score_group
 from grpo_flex.types import Adapter, Prompt, RolloutGroup, Sample, UpdateBatch, UpdateResult, Verdict
+
+_STATES = {"ALIVE": "alive", "RESTARTING": "restarting", "DEAD": "dead"}
+"""Ray's words for an actor, and ours; all others are on the way to "alive"."""
 
 
 class _RolloutActor:
@@ -58,6 +63,9 @@ class _LearnerActor:
     def adapter(self) -> Adapter:
         return self.learner.adapter()
 
+    def evaluation_adapter(self) -> Adapter:
+        return self.learner.evaluation_adapter()
+
     def state(self) -> dict[str, Any]:
         return self.learner.state()
 
@@ -68,11 +76,51 @@ class _LearnerActor:
         return str(self.learner.save_adapter(Path(folder)))
 
 
-class _JudgeActor:
+class _ScorerActor:
+    def __init__(self, scorer: Any, threads: int, gpus: float) -> None:
+        if not gpus:  # Ray leaves all devices visible to an actor that asked for none
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        import torch
+
+        torch.set_num_threads(threads)
+        self.scorer = scorer
+
+    def load(self) -> None:
+        load: Any = getattr(self.scorer, "load", None)
+        if load is not None:
+            load()
+
+    def score(self, group: RolloutGroup) -> list[Verdict]:
+        return score_group(self.scorer, group.media_G, group.prompt)
+
+
+class _Scribe:
+    """Keeps the verdicts' file, which has one writer; all that a run without a judge needs of the judge's actor."""
+
+    def __init__(self, verdict_path: str) -> None:
+        self.log = verdicts.VerdictLog(verdict_path)
+
+    async def record(self, step: int, prompt: Prompt, given: Sequence[Verdict]) -> None:
+        for verdict in given:
+            self.log.add(step + 1, prompt.id, prompt.text, verdict)
+        self.log.flush()
+
+    async def report(self) -> dict[str, float]:
+        return {}
+
+    async def states(self) -> list[EndpointState]:
+        return []
+
+    async def close(self) -> None:
+        self.log.flush()
+
+
+class _JudgeActor(_Scribe):
     """The judge client in an event loop of its own: one connection pool for the whole run."""
 
-    def __init__(self, config: RunConfig, endpoints: tuple[str, ...], verdict_path: str) -> None:
-        self.client = JudgeClient(config.judge, verdict_path, endpoints)
+    def __init__(self, verdict_path: str, judge: Judge, endpoints: tuple[str, ...]) -> None:
+        self.client = JudgeClient(judge, verdict_path, endpoints)
+        self.log = self.client.log
 
     async def judge(self, group: RolloutGroup, seed: int, previous: Sequence[Verdict] = ()) -> list[Verdict]:
         return await self.client.judge(group, seed, previous)
@@ -80,8 +128,11 @@ class _JudgeActor:
     async def healthy(self) -> bool:
         return await self.client.wait_until_healthy(0.0, heartbeat=lambda _: None)
 
-    async def counters(self) -> dict[str, float]:
-        return self.client.counters()
+    async def report(self) -> dict[str, float]:
+        return self.client.counters() | await self.client.cache_hit_rates()
+
+    async def states(self) -> list[EndpointState]:
+        return self.client.states()
 
     async def close(self) -> None:
         await self.client.close()
@@ -106,31 +157,43 @@ class Cluster:
         self._workers = [rollout.remote(config, device, f"rollout-{i}") for i in range(place.rollout_workers)]
         learner: Any = ray.remote(_LearnerActor).options(num_cpus=place.learner_cpus, num_gpus=place.learner_gpus)
         self._learner: Any = learner.remote(config, "cuda" if place.learner_gpus else "cpu")
-        judge: Any = ray.remote(_JudgeActor).options(num_cpus=0, max_concurrency=1000)
-        self._judge: Any = judge.remote(config, endpoints, str((run_dir / verdicts.FILE_NAME).resolve()))
+        scorer: Any = ray.remote(_ScorerActor).options(
+            num_cpus=place.scorer_cpus, num_gpus=place.scorer_gpus, max_restarts=5, max_task_retries=5
+        )
+        self._scorers = [scorer.remote(s, place.threads_per_worker, place.scorer_gpus) for s in config.scorers]
+        self._judge = _start_judge(config.judge, endpoints, str((run_dir / verdicts.FILE_NAME).resolve()))
+        self._named = self._names()
+        self._states: list[EndpointState] = []
+        self._states_asked: ray.ObjectRef[list[EndpointState]] | None = None
         self._turn = 0
 
     def __enter__(self) -> Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for actor in (*self._workers, self._learner, self._judge):
+        for actor in self._named.values():
             ray.kill(actor)
         if self._local:
             ray.shutdown()
 
     def _check_resources(self) -> None:
-        place, there = self.config.placement, ray.cluster_resources()
-        for kind, rollout, learner in (
-            ("CPU", place.rollout_cpus, place.learner_cpus),
-            ("GPU", place.rollout_gpus, place.learner_gpus),
+        place, there, scorers = self.config.placement, ray.cluster_resources(), len(self.config.scorers)
+        for kind, rollout, learner, scorer in (
+            ("CPU", place.rollout_cpus, place.learner_cpus, place.scorer_cpus),
+            ("GPU", place.rollout_gpus, place.learner_gpus, place.scorer_gpus),
         ):
-            needed = place.rollout_workers * rollout + learner
+            needed = place.rollout_workers * rollout + learner + scorers * scorer
+            more = f" + {scorers} scorers × {scorer:g}" if scorers else ""
             if needed > there.get(kind, 0):
                 raise ConfigError(
-                    f"placement needs {needed:g} {kind}s ({place.rollout_workers} rollout workers × {rollout:g} + learner {learner:g}), "
+                    f"placement needs {needed:g} {kind}s ({place.rollout_workers} rollout workers × {rollout:g} + learner {learner:g}{more}), "
                     f"but the Ray cluster has {there.get(kind, 0):g}; lower placement.rollout_workers or placement.*_{kind.lower()}s"
                 )
+
+    def _names(self) -> dict[str, Any]:
+        workers = {f"rollout-{i}": actor for i, actor in enumerate(self._workers)}
+        scorers = {label(s): actor for s, actor in zip(self.config.scorers, self._scorers, strict=True)}
+        return workers | {"learner": self._learner} | scorers | {"judge client": self._judge}
 
     def wait_until_ready(self) -> None:
         """Block until every actor has loaded its model.
@@ -139,11 +202,16 @@ class Cluster:
             ValueError: what a constructor refused (a model that cannot be loaded, targets that match nothing).
         """
         with _plain_errors():
-            ray.get([w.use.remote(self.publish()) for w in self._workers])
+            ready = [worker.use.remote(self.publish()) for worker in self._workers]
+            ray.get([*ready, *(scorer.load.remote() for scorer in self._scorers)])
 
     def publish(self) -> ray.ObjectRef[Adapter]:
         """Put the learner's current adapter into the object store; workers fetch it by this reference."""
         return self._learner.adapter.remote()
+
+    def publish_evaluation(self) -> ray.ObjectRef[Adapter]:
+        """The same for held-out samples: the adapter's average."""
+        return self._learner.evaluation_adapter.remote()
 
     def generate(
         self, step: int, prompts: Sequence[Prompt], adapter: ray.ObjectRef[Adapter]
@@ -157,9 +225,36 @@ class Cluster:
         """Verdicts on one group; asking begins as soon as the group exists. Usable ``previous`` ones are kept."""
         return self._judge.judge.remote(group, seed, previous)
 
-    def judge_counters(self) -> dict[str, float]:
+    def score(self, group: ray.ObjectRef[RolloutGroup]) -> list[ray.ObjectRef[list[Verdict]]]:
+        """One reference for each scorer's verdicts on one group; scoring begins as soon as the group exists."""
+        return [scorer.score.remote(group) for scorer in self._scorers]
+
+    def record(self, step: int, prompt: Prompt, given: Sequence[Verdict]) -> None:
+        """Write a scorer's verdicts to the verdicts' file, beside the judge's; returns at once."""
+        self._judge.record.remote(step, prompt, given)
+
+    def judge_report(self) -> ray.ObjectRef[dict[str, float]]:
         """``judge/…`` figures of the client since the last call: requests, retries, cache hits."""
-        return ray.get(self._judge.counters.remote())
+        return self._judge.report.remote()
+
+    def judge_states(self) -> list[EndpointState]:
+        """The newest that is known of the judge's endpoints, at most two calls old; never waits."""
+        if self._states_asked is None:
+            self._states_asked = self._judge.states.remote()
+        done, _ = ray.wait([self._states_asked], timeout=0)
+        if done:
+            self._states, self._states_asked = ray.get(done[0]), None
+        return self._states
+
+    def worker_states(self) -> dict[str, str]:
+        """What became of each process, e.g. {"rollout-0": "alive, restarted once"}; about a millisecond.
+
+        From Ray's own table: its public state API needs the dashboard, which a run does without.
+        """
+        from ray._private.state import actors
+
+        table = actors(job_id=ray.JobID.from_hex(ray.get_runtime_context().get_job_id()))
+        return {name: _state(table.get(actor._actor_id.hex(), {})) for name, actor in self._named.items()}
 
     def judge_is_healthy(self) -> bool:
         return ray.get(self._judge.healthy.remote())
@@ -191,6 +286,22 @@ class Cluster:
         return self._workers[self._turn % len(self._workers)]
 
 
+def _start_judge(judge: Judge | None, endpoints: tuple[str, ...], verdict_path: str) -> Any:
+    """The judge client's actor, or the one that only keeps the scorers' verdicts."""
+    options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 1000}
+    if judge is None:
+        scribe: Any = ray.remote(_Scribe).options(**options)
+        return scribe.remote(verdict_path)
+    actor: Any = ray.remote(_JudgeActor).options(**options)
+    return actor.remote(verdict_path, judge, endpoints)
+
+
+def _state(actor: dict[str, Any]) -> str:
+    """One line of Ray's table of actors, in words."""
+    state, restarts = _STATES.get(actor.get("State", ""), "starting"), actor.get("NumRestarts", 0)
+    return state + (f", restarted {restarts} times" if restarts > 1 else ", restarted once" if restarts else "")
+
+
 @contextmanager
 def _plain_errors() -> Iterator[None]:
     """What an actor refused as a ValueError, without Ray's trace around it."""
@@ -214,7 +325,7 @@ def connect(config: RunConfig) -> bool:
             ) from error
         return False
     place = config.placement
-    needed = place.rollout_workers * place.rollout_cpus + place.learner_cpus
+    needed = place.rollout_workers * place.rollout_cpus + place.learner_cpus + len(config.scorers) * place.scorer_cpus
     # Rollout and update take turns on a small machine, so logical CPUs may exceed the real ones.
     cpus = max(os.cpu_count() or 1, int(needed + 0.999))
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)

@@ -23,9 +23,11 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Union
 
+from grpo_flex.dynamics import Ode
+
 if TYPE_CHECKING:
     from grpo_flex.advantages import Advantage
-    from grpo_flex.dynamics import Dynamics, Window
+    from grpo_flex.dynamics import Dynamics, Solver, Window
     from grpo_flex.generators.base import Generator
     from grpo_flex.objectives.base import Objective
     from grpo_flex.pairing import PairPlan
@@ -68,6 +70,10 @@ class Sampling:
     window: Window
     same_noise: bool = True
     """Siblings start from the same initial noise and differ by the SDE's noise alone (Pref-GRPO's setting)."""
+    solver: Solver = field(default_factory=Ode)
+    """Takes the steps of a rollout that have no noise; ``Multistep()`` is of second order."""
+    eval_solver: Solver = field(default_factory=Ode)
+    """Takes the steps of held-out samples."""
 
     def problems(self) -> Iterator[Problem]:
         if self.group_size < 2:
@@ -81,7 +87,18 @@ class Sampling:
         if self.eval_steps < 1:
             yield "eval_steps", f"is {self.eval_steps}; held-out pictures need at least 1 denoising step"
         yield from (("window." + name, text) for name, text in self.window.fits(self.steps))
-        if self.same_noise and not self.dynamics.stochastic:
+        if not hasattr(self.dynamics, "moments"):
+            yield (
+                "dynamics",
+                f"is {self.dynamics!r}, which only takes steps without noise; give it as sampling.solver, with dynamics=Ode()",
+            )
+        for name in ("solver", "eval_solver"):
+            if not hasattr(getattr(self, name), "advance"):
+                yield (
+                    name,
+                    f"is {getattr(self, name)!r}, which adds noise; the steps that it takes have none: use Ode() or Multistep()",
+                )
+        if self.same_noise and not getattr(self.dynamics, "stochastic", True):
             yield (
                 "same_noise",
                 "is true with a deterministic sampler: all siblings would be the same picture; set it to false",
@@ -109,6 +126,9 @@ class Optimizer:
     """AdamW and how many updates one rollout feeds."""
 
     lr: float = 1e-4
+    lr_end: float = 1.0
+    """Share of ``lr`` that is left at the run's last step, linear in between; 1: constant. A resume with another number
+    of steps follows the line of that number."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 1e-4
@@ -116,10 +136,18 @@ class Optimizer:
     warmup_steps: int = 0
     updates_per_rollout: int = 1
     """Optimiser steps per rollout; the prompts' groups are dealt out among them."""
+    ema: float = 0.0
+    """Decay of the adapter's average over training steps, which is evaluated, shown and exported; it grows from 0.1 to
+    this. 0: the newest adapter itself."""
 
     def problems(self) -> Iterator[Problem]:
         if not self.lr > 0:
             yield "lr", f"is {self.lr}; it needs to be above 0"
+        if not 0 < self.lr_end <= 1:
+            yield (
+                "lr_end",
+                f"is {self.lr_end}; it is the share of lr at the last step, above 0 and at most 1 (constant)",
+            )
         if not self.max_grad_norm > 0:
             yield (
                 "max_grad_norm",
@@ -129,6 +157,11 @@ class Optimizer:
             yield "warmup_steps", f"is {self.warmup_steps}; it cannot be negative"
         if self.updates_per_rollout < 1:
             yield "updates_per_rollout", f"is {self.updates_per_rollout}; it needs at least 1"
+        if not 0 <= self.ema < 1:
+            yield (
+                "ema",
+                f"is {self.ema}; it needs to be 0 (no average) or more and below 1, where nothing would be learnt",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +171,8 @@ class Judge:
     family: Family
     """The protocol: how to ask and how to read the reply (``reward_server.families``)."""
     server: Any = None
-    """An object with ``start(log_dir) -> endpoints`` and ``stop()``: a judge that the run starts for itself."""
+    """An object whose ``start(log_dir)`` starts a judge and gives a handle with ``endpoints``, ``stop()`` and, if it
+    is to be started again when it has died, ``alive()``; a field ``port`` of the object says where (``judge_server.py``)."""
     endpoints: tuple[str, ...] = ()
     """Base URLs of judges that run already, e.g. ("http://10.0.0.5:8000/v1",)."""
     model: str = "UnifiedReward"
@@ -171,6 +205,8 @@ class Judge:
     """With a smaller share of usable groups the run waits for the judge, and asks again."""
     give_up_s: float = 1800.0
     """How long to wait for a judge that is away before the run stops with a checkpoint."""
+    restarts: int = 3
+    """How often a judge that the run started is started again when its process has ended."""
 
     def problems(self) -> Iterator[Problem]:
         if self.server is None and not self.endpoints:
@@ -192,7 +228,7 @@ class Judge:
         for name in ("min_judged", "min_groups"):
             if not 0 <= getattr(self, name) <= 1:
                 yield name, f"is {getattr(self, name)}; it is a share, between 0 and 1"
-        for name in ("retries", "backoff_s", "patience_s"):
+        for name in ("retries", "backoff_s", "patience_s", "restarts"):
             if getattr(self, name) < 0:
                 yield name, f"is {getattr(self, name)}; it cannot be negative"
 
@@ -227,9 +263,12 @@ class Placement:
     rollout_gpus: float = 0.0
     learner_cpus: float = 1.0
     learner_gpus: float = 0.0
+    scorer_cpus: float = 1.0
+    """For each of ``scorers``."""
+    scorer_gpus: float = 0.0
     threads_per_worker: int = 1
-    """Torch threads of a rollout worker and of held-out sampling. Part of the run's numerics: a matrix product's
-    order of summation depends on it."""
+    """Torch threads of a rollout worker, of held-out sampling and of a scorer. Part of the run's numerics: a matrix
+    product's order of summation depends on it."""
     learner_threads: int = 2
     ray_address: str = ""
     """Empty: a cluster that is announced by RAY_ADDRESS, or else a local one that lives as long as the run."""
@@ -276,7 +315,10 @@ class RunConfig:
     generator: Generator
     prompts: Prompts
     sampling: Sampling
-    judge: Judge
+    judge: Judge | None = None
+    """None: ``scorers`` alone give the reward."""
+    scorers: tuple[Any, ...] = ()
+    """In-process rewards (``scorers.py``), each in a process of its own; their numbers stand in the verdicts by name."""
     reward: Reward
     advantage: Advantage
     objective: Objective
@@ -292,23 +334,35 @@ class RunConfig:
             yield "name", f"is {self.name!r}; it names a directory below runs_dir, so it needs a plain file name"
         if self.steps < 1:
             yield "steps", f"is {self.steps}; a run needs at least 1 training step"
-        if self.objective.needs_noise and not self.sampling.dynamics.stochastic:
+        if self.objective.needs_noise and not getattr(self.sampling.dynamics, "stochastic", True):
             yield (
                 "sampling.dynamics",
                 f"has no noise, so its steps have no density for {type(self.objective).__name__} to learn from; "
                 "use e.g. FlowSde(a=0.7)",
             )
-        if self.judge.family.candidates == 1 and getattr(self.reward, "compares", False):
-            yield (
-                "reward",
-                f"is {type(self.reward).__name__}, which counts wins, but judge.family {type(self.judge.family).__name__} "
-                "looks at one sibling at a time: no pair would ever be judged; use Pointwise, or a family that compares two",
-            )
+        yield from self._who_judges()
+        yield from _scorer_problems(self.scorers)
         if self.optimizer.updates_per_rollout > self.prompts.per_step:
             yield (
                 "optimizer.updates_per_rollout",
                 f"is {self.optimizer.updates_per_rollout}, more than the {self.prompts.per_step} groups of a step "
                 "(prompts.per_step): some updates would have nothing to learn from",
+            )
+
+    def _who_judges(self) -> Iterator[Problem]:
+        """Whether somebody gives what the reward reads."""
+        if self.judge is None and not self.scorers:
+            yield "judge", "is none and scorers is empty: nobody would say which sibling is better; give one of the two"
+        if not getattr(self.reward, "compares", False):
+            return
+        reward = f"is {type(self.reward).__name__}, which counts wins, but"
+        if self.judge is None:
+            yield "reward", f"{reward} judge is none: no pair would ever be judged; use Pointwise, or set a judge"
+        elif self.judge.family.candidates == 1:
+            yield (
+                "reward",
+                f"{reward} judge.family {type(self.judge.family).__name__} looks at one sibling at a time: no pair would "
+                "ever be judged; use Pointwise, or a family that compares two",
             )
 
     def validate(self) -> None:
@@ -318,18 +372,37 @@ class RunConfig:
             raise ConfigError("\n".join(complaints))
 
 
+def _scorer_problems(scorers: Sequence[Any]) -> Iterator[Problem]:
+    from grpo_flex.scorers import label
+
+    for i, scorer in enumerate(scorers):
+        if not callable(scorer):
+            yield f"scorers.{i}", f"is {scorer!r}; it needs to be callable as scorer(media, prompt)"
+    names = [label(scorer) for scorer in scorers]
+    for name in sorted({n for n in names if names.count(n) > 1}):
+        yield "scorers", f"holds two that are called {name!r}; give each a field or attribute `name` of its own"
+
+
 def _complaints(part: Any, prefix: str = "") -> Iterator[Problem]:
     mistyped = set()
     for f in fields(part):
         value = getattr(part, f.name)
         hint = _hints(type(part)).get(f.name, Any)
-        if is_dataclass(value) and not isinstance(value, type):
+        if is_part(value):
             yield from _complaints(value, f"{prefix}{f.name}.")
         elif not _fits(value, hint):
             mistyped.add(f.name)
             yield f"{prefix}{f.name}", f"is {value!r}; it needs to be {_spell(hint)}"
+        elif isinstance(value, tuple):
+            for i, inner in enumerate(value):
+                yield from _complaints(inner, f"{prefix}{f.name}.{i}.") if is_part(inner) else ()
     if not mistyped and hasattr(part, "problems"):  # a part's own rules presume the right types
         yield from ((prefix + name, text) for name, text in part.problems())
+
+
+def is_part(value: Any) -> bool:
+    """Whether a value is an object with fields of its own."""
+    return is_dataclass(value) and not isinstance(value, type)
 
 
 # ---------------------------------------------------------------- overrides
@@ -361,7 +434,9 @@ def _assign(part: Any, names: list[str], text: str, path: str) -> Any:
         hint = f"did you mean '{parent}{near[0]}'?" if near else f"known here: {', '.join(parent + k for k in known)}"
         raise ConfigError(f"no config field '{parent}{name}'; {hint}")
     value = getattr(part, name)
-    nested = is_dataclass(value) and not isinstance(value, type)
+    nested = is_part(value)
+    if rest and _holds_parts(value):
+        return replace(part, **{name: _assign_entry(value, rest, text, path)})
     if rest and not nested:
         raise ConfigError(f"'{path}' goes too deep: '{name}' is {value!r}, which has no fields")
     if rest:
@@ -374,6 +449,25 @@ def _assign(part: Any, names: list[str], text: str, path: str) -> Any:
             f"'{path}' is a {type(value).__name__} object; set one of its fields ({inner or 'it has none'}), or choose another object in the experiment file"
         )
     return replace(part, **{name: _read(text, _hints(type(part))[name], path)})
+
+
+def _assign_entry(entries: tuple[Any, ...], names: list[str], text: str, path: str) -> tuple[Any, ...]:
+    """A field of an object in a tuple, e.g. scorers.0.model."""
+    number, *rest = names
+    if not number.isdigit() or int(number) >= len(entries) or not rest or not is_part(entries[int(number)]):
+        parent = path[: len(path) - len(".".join(names))]
+        known = [f"{parent}{i}.{name}" for i, entry in enumerate(entries) for name in _field_names(entry)]
+        raise ConfigError(f"no config field '{path}'; known here: {', '.join(known)}")
+    i = int(number)
+    return (*entries[:i], _assign(entries[i], rest, text, path), *entries[i + 1 :])
+
+
+def _holds_parts(value: Any) -> bool:
+    return isinstance(value, tuple) and any(map(is_part, value))
+
+
+def _field_names(value: Any) -> list[str]:
+    return [f.name for f in fields(value)] if is_part(value) else []
 
 
 def _may_be_none(part: Any, name: str) -> bool:
@@ -442,6 +536,9 @@ def _spell(hint: Any) -> str:
 
 # ---------------------------------------------------------------- files
 
+_EXPERIMENT = "_experiment_"
+"""Begins the module name of an experiment file, which nothing else can import."""
+
 
 def load_experiment(path: str | Path) -> RunConfig:
     """Import an experiment file and call its ``config()``.
@@ -452,7 +549,7 @@ def load_experiment(path: str | Path) -> RunConfig:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"no experiment file '{path}'; {_nearest_file(path)}")
-    spec = importlib.util.spec_from_file_location(f"_experiment_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(_EXPERIMENT + path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
@@ -482,11 +579,10 @@ def to_json(config: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        cls = type(value)
-        return {"type": f"{cls.__module__}:{cls.__qualname__}"} | {
-            f.name: _plain(getattr(value, f.name)) for f in fields(value)
-        }
+    if is_part(value):
+        return {"type": _address(type(value))} | {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, types.FunctionType):
+        return {"function": _address(value)}
     if isinstance(value, tuple | list):
         return [_plain(v) for v in value]
     if isinstance(value, Mapping):
@@ -494,8 +590,24 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, str | int | float | bool):
         return value
     raise ConfigError(
-        f"{value!r} cannot be written to config.json: a configuration holds dataclasses, numbers, texts and tuples"
+        f"{value!r} cannot be written to config.json: a configuration holds dataclasses, functions of a module, "
+        "numbers, texts and tuples"
     )
+
+
+def _address(named: Any) -> str:
+    """Where a class or function can be imported from again: "module:name".
+
+    Raises:
+        ConfigError: nowhere, because it is local to a function or to the experiment file.
+    """
+    module, name = named.__module__, named.__qualname__
+    if "<" in name or module.startswith(_EXPERIMENT):
+        raise ConfigError(
+            f"'{name}' cannot be imported again from config.json by a resume; define it at the top of a module "
+            "that the experiment imports"
+        )
+    return f"{module}:{name}"
 
 
 def from_json(text: str) -> Any:
@@ -513,12 +625,18 @@ def from_json(text: str) -> Any:
 def _revive(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(_revive(v) for v in value)
+    if isinstance(value, dict) and set(value) == {"function"}:
+        return _imported(value["function"])
     if isinstance(value, dict) and "type" in value:
-        module, _, name = value["type"].partition(":")
-        cls: Any = getattr(importlib.import_module(module), name)
+        cls = _imported(value["type"])
         if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
             raise ConfigError(f"config.json names {value['type']}, which is not a configuration class")
         return cls(**{k: _revive(v) for k, v in value.items() if k != "type"})
     if isinstance(value, dict):
         return {k: _revive(v) for k, v in value.items()}
     return value
+
+
+def _imported(address: str) -> Any:
+    module, _, name = address.partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -22,6 +22,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class Past(NamedTuple):
+    """The step before, for a solver with a memory."""
+
+    v: Tensor
+    sigma: float
+
+
+class Solver(Protocol):
+    """Takes the steps without noise: held-out samples, and what a window leaves of a rollout."""
+
+    def advance(self, x: Tensor, v: Tensor, sigma: float, sigma_next: float, past: Past | None) -> Tensor:
+        """x_σ'. ``past`` is None for the first step, and for the first one after a step with noise."""
+        ...
+
+
 class Dynamics(Protocol):
     """Mean and standard deviation of one denoising step."""
 
@@ -45,6 +60,25 @@ class Ode:
 
     def moments(self, x: Tensor, v: Tensor, sigma: float, sigma_next: float) -> tuple[Tensor, float]:
         return x - v * (sigma - sigma_next), 0.0
+
+    def advance(self, x: Tensor, v: Tensor, sigma: float, sigma_next: float, past: Past | None) -> Tensor:
+        return x - v * (sigma - sigma_next)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Multistep:
+    """A second-order multistep solver at one model call a step: Adams–Bashforth, x' = x − Δ·(v + Δ/(2Δ_past)·(v − v_past)).
+
+    It extrapolates the velocity to the middle of the step. DPM-Solver++(2M) (arXiv 2211.01095), which MixGRPO-Flash
+    takes, does the same for x̂0 in the log signal-to-noise ratio, which is infinite at σ = 1 and σ = 0: its first two
+    steps and its last are Euler's. In σ only the very first one is.
+    """
+
+    def advance(self, x: Tensor, v: Tensor, sigma: float, sigma_next: float, past: Past | None) -> Tensor:
+        delta = sigma - sigma_next
+        if past is not None:
+            v = v + delta / (2 * (past.sigma - sigma)) * (v - past.v)
+        return x - v * delta
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +229,12 @@ class Selection(NamedTuple):
 
     stochastic: frozenset[int]
     trained: tuple[int, ...]
+    skipped: frozenset[int] = frozenset()
+    """Entries of the schedule that the rollout leaves out, all after the last trained step."""
+
+    def schedule(self, sigmas: tuple[float, ...]) -> tuple[float, ...]:
+        """The σ that the rollout visits. Indices of stochastic and trained steps stay as they are."""
+        return tuple(sigma for i, sigma in enumerate(sigmas) if i not in self.skipped)
 
 
 class Window(Protocol):
@@ -272,21 +312,32 @@ class SlidingWindow:
     stride: int = 1
     every: int = 25
     """Training steps between two moves; after the last position it begins anew."""
+    flash: float = 1.0
+    """The share of the steps after the window that is left. MixGRPO-Flash: below 1, with ``sampling.solver=Multistep()``."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         for name in ("size", "stride", "every"):
             if getattr(self, name) < 1:
                 yield name, f"is {getattr(self, name)}; it needs at least 1"
+        if not 0 < self.flash <= 1:
+            yield "flash", f"is {self.flash}; it is the share of steps left after the window, above 0 and at most 1"
 
     def select(self, steps: int, iteration: int, seed: int) -> Selection:
         positions = range(0, steps - self.size, self.stride)
         start = positions[(iteration // self.every) % len(positions)]
         chosen = tuple(range(start, start + self.size))
-        return Selection(frozenset(chosen), chosen)
+        return Selection(frozenset(chosen), chosen, _thinned(start + self.size, steps, self.flash))
 
     def fits(self, steps: int) -> Iterator[tuple[str, str]]:
         if self.size > steps - 1:
             yield "size", _too_long(0, self.size, steps)
+
+
+def _thinned(first: int, last: int, share: float) -> frozenset[int]:
+    """Entries to leave out between two that stay, so that about ``share`` of the steps between them is left."""
+    left = max(1, round(share * (last - first)))
+    kept = {first + round(j * (last - first) / left) for j in range(left + 1)}
+    return frozenset(range(first, last + 1)) - kept
 
 
 def _too_long(start: int, size: int, steps: int) -> str:

@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,6 +26,26 @@ def base_url(url: str) -> str:
     return url if url.partition("://")[2].count("/") else url + "/v1"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointState:
+    """What is known of one server at a moment, for ``status``.
+
+    >>> str(EndpointState(url="http://127.0.0.1:8000/v1", healthy=True, in_flight=3, failures=0))
+    'healthy, 3 in flight'
+    """
+
+    url: str
+    healthy: bool
+    in_flight: int
+    failures: int
+    """Failed requests since the last good one."""
+
+    def __str__(self) -> str:
+        how = "healthy" if self.healthy else "open: nothing is sent to it until it answers a probe"
+        failed = f", {self.failures} failures in a row" if self.failures else ""
+        return f"{how}, {self.in_flight} in flight{failed}"
+
+
 class Endpoint:
     """One server: what is under way there and whether it may be asked."""
 
@@ -34,6 +55,9 @@ class Endpoint:
         self.failures = 0
         """Failed requests since the last good one."""
         self.open = False
+
+    def state(self) -> EndpointState:
+        return EndpointState(url=self.url, healthy=not self.open, in_flight=self.in_flight, failures=self.failures)
 
 
 class EndpointPool:
@@ -164,9 +188,15 @@ async def cache_counters(session: aiohttp.ClientSession, url: str, timeout_s: fl
     return found
 
 
-def hit_rates(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
-    """ "prefix_cache_hit_rate" and "mm_cache_hit_rate" between two readings, where there were queries."""
-    grown = {name: value - before.get(name, 0.0) for name, value in after.items()}
+def growth(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+    """What was counted between two readings of one server; all of ``after`` where it began anew in between."""
+    if any(value < before.get(name, 0.0) for name, value in after.items()):
+        before = {}
+    return {name: value - before.get(name, 0.0) for name, value in after.items()}
+
+
+def hit_rates(grown: Mapping[str, float]) -> dict[str, float]:
+    """ "prefix_cache_hit_rate" and "mm_cache_hit_rate" of what was counted, where there were queries."""
     asked = [cache for cache in _CACHES if grown.get(f"{cache}_queries", 0.0) > 0]
     return {f"{cache}_hit_rate": grown.get(f"{cache}_hits", 0.0) / grown[f"{cache}_queries"] for cache in asked}
 

@@ -26,9 +26,11 @@ import numpy as np
 from grpo_flex.endpoints import (
     Endpoint,
     EndpointPool,
+    EndpointState,
     JudgeUnreachable,
     cache_counters,
     check_endpoints,
+    growth,
     hit_rates,
     is_alive,
 )
@@ -78,11 +80,11 @@ class JudgeClient:
     def __init__(self, judge: Judge, verdict_path: str | Path, endpoints: Sequence[str] | None = None) -> None:
         self.judge_config = judge
         self._urls = tuple(endpoints if endpoints is not None else judge.endpoints)
-        self._log = VerdictLog(verdict_path)
+        self.log = VerdictLog(verdict_path)
         self._options = judge.family.options()
         self._deadlines: dict[int, float] = {}
         self._counts: Counter[str] = Counter()
-        self._caches: dict[str, float] = {}
+        self._caches: dict[str, dict[str, float]] = {}
         self._session: Any = None
         self._pool: EndpointPool | None = None
         self._slots = asyncio.Semaphore(judge.concurrency)
@@ -95,7 +97,7 @@ class JudgeClient:
 
     async def close(self) -> None:
         """Writes the last verdicts and closes the connections."""
-        self._log.flush()
+        self.log.flush()
         if self._pool is not None:
             await self._pool.close()
             await self._session.close()
@@ -148,7 +150,7 @@ class JudgeClient:
         finally:
             for sibling in encoded:
                 sibling.cancel()
-        self._log.flush()
+        self.log.flush()
         return [known[m] for m in sorted(known)]
 
     def renew_budget(self, step: int) -> None:
@@ -192,11 +194,16 @@ class JudgeClient:
         vLLM's own counts; empty where no server shows them.
         """
         pool = self._connected()
-        readings = [await cache_counters(self._session, e.url) for e in pool.endpoints]
-        total = {name: sum(r.get(name, 0.0) for r in readings) for r in readings for name in r}
-        rates = hit_rates(self._caches, total)
-        self._caches = total
-        return {f"judge/{name}": rate for name, rate in rates.items()}
+        there = [e.url for e in pool.endpoints if not e.open]  # one that is away would only cost its timeout
+        readings = await asyncio.gather(*(cache_counters(self._session, url) for url in there))
+        grown = [growth(self._caches.get(url, {}), reading) for url, reading in zip(there, readings, strict=True)]
+        total = {name: sum(g.get(name, 0.0) for g in grown) for g in grown for name in g}
+        self._caches |= {url: reading for url, reading in zip(there, readings, strict=True) if reading}
+        return {f"judge/{name}": rate for name, rate in hit_rates(total).items()}
+
+    def states(self) -> list[EndpointState]:
+        """What is known of each server at this moment."""
+        return [endpoint.state() for endpoint in self._connected().endpoints]
 
     # ------------------------------------------------------------ which questions
 
@@ -257,7 +264,7 @@ class JudgeClient:
                 break
         url = endpoint.url if endpoint else ""
         verdict = replace(self._read(question, outcome), endpoint=url, seconds=spent)
-        self._log.add(question.step + 1, question.prompt.id, question.prompt.text, verdict)
+        self.log.add(question.step + 1, question.prompt.id, question.prompt.text, verdict)
         return verdict
 
     def _no_try(self, question: _Question) -> _Outcome:

@@ -2,13 +2,17 @@
 
 One group is one micro-batch: its siblings go through the transformer in the very batch shape in which they were
 sampled, so that on the CPU in float32 the ratio before the first update is bit-exactly 1.
+
+There are three adapters: θ, which is trained; θ_old, which samples the rollouts (θ itself, unless the objective
+lets it follow more slowly); and an average of θ over the training steps, which is evaluated, shown and exported.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +20,13 @@ import numpy as np
 
 from grpo_flex.config import RunConfig
 from grpo_flex.dynamics import Dynamics, Step, step
+from grpo_flex.objectives.renoise import renoised
 from grpo_flex.prompts import seed_for
 from grpo_flex.types import Adapter, RolloutGroup, Trajectories, UpdateResult
-from grpo_flex.weights import attach_adapter, read_adapter, write_adapter
+from grpo_flex.weights import attach_adapter, copies, follow, lent, read_adapter, warmed_up, write_adapter
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from grpo_flex.generators.base import Conditioning, Model
 
@@ -29,11 +34,31 @@ if TYPE_CHECKING:
 class BoundPolicy:
     """The current weights on one group's prompt (see ``objectives.base.Policy``)."""
 
-    def __init__(self, model: Model, conditioning: Conditioning, dynamics: Dynamics) -> None:
+    def __init__(
+        self,
+        model: Model,
+        conditioning: Conditioning,
+        dynamics: Dynamics,
+        parameters: Sequence[nn.Parameter] = (),
+        old: Sequence[Tensor] = (),
+    ) -> None:
+        """``old``: θ_old in the order of ``parameters``; empty while the weights still are those that sampled."""
         self.model, self.conditioning, self.dynamics = model, conditioning, dynamics
+        self.parameters, self.old = parameters if old else (), old
+        self._last: tuple[Tensor, float, Tensor] | None = None
 
     def velocity(self, x: Tensor, sigma: float) -> Tensor:
-        return self.model.velocity(x, sigma, self.conditioning)
+        v = self.model.velocity(x, sigma, self.conditioning)
+        self._last = (x, sigma, v.detach())
+        return v
+
+    def old_velocity(self, x: Tensor, sigma: float) -> Tensor:
+        import torch
+
+        if not self.old and self._last and self._last[0] is x and self._last[1] == sigma:
+            return self._last[2]  # the same weights at the same place: a forward pass saved
+        with torch.no_grad(), lent(self.parameters, self.old):
+            return self.model.velocity(x, sigma, self.conditioning)
 
     def reference_velocity(self, x: Tensor, sigma: float) -> Tensor:
         import torch
@@ -42,7 +67,7 @@ class BoundPolicy:
         transformer.disable_adapters()
         try:
             with torch.no_grad():
-                return self.velocity(x, sigma)
+                return self.model.velocity(x, sigma, self.conditioning)
         finally:
             transformer.enable_adapters()
 
@@ -65,6 +90,8 @@ class Learner:
         self.parameters = attach_adapter(self.model, config.adapter, config.seed)
         for p in self.parameters:
             p.grad = torch.zeros_like(p)  # an update without any gradient is then like any other
+        self._old, self._average = copies(self.parameters), copies(self.parameters)
+        self.kl_beta = config.objective.first_beta
         o = config.optimizer
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay
@@ -83,10 +110,41 @@ class Learner:
             self._optimise(groups[part::parts], advantages[part::parts], step_index, totals)
             if part == 0:  # before any update: what rollout and learner disagree by
                 totals["first_log_ratio_abs"] = list(totals["log_ratio_abs"])
-        self.version += 1
+        for name in groups[0].diversity if groups else ():
+            totals[f"diversity_{name}"] = [g.diversity[name] for g in groups]
+        totals["base_distance"] = [self._base_distance(group, step_index) for group in groups[:1]]
+        self._close(totals)
         stale = [float(self.version - 1 - g.policy_version) for g in groups]
-        metrics = {f"policy/{name}": float(np.mean(values)) for name, values in totals.items() if values}
+        metrics = {_key(name): float(np.mean(values)) for name, values in totals.items() if values}
         return UpdateResult(policy_version=self.version, metrics=metrics | {"policy/staleness": max(stale)})
+
+    def _base_distance(self, group: RolloutGroup, step_index: int) -> float:
+        """‖v − v_base‖², mean over one group at one noise level that changes from step to step.
+
+        It is watched with and without a KL in the loss, for two forward passes of one group.
+        """
+        import torch
+
+        policy = BoundPolicy(self.model, group.conditioning, self.config.sampling.dynamics)
+        kept, device = group.trajectories, torch.device(self.model.device)
+        if kept.steps_K:
+            k = step_index % len(kept.steps_K)
+            x, sigma = kept.latents_GKNC[:, k].to(device), kept.sigmas[kept.steps_K[k]]
+        elif kept.final_GNC is not None:
+            x, sigma, *_ = next(renoised(kept, 1, seed_for(self.config.seed, "base", step_index), device))
+        else:
+            return math.nan
+        with torch.no_grad():
+            return float((policy.velocity(x, sigma) - policy.reference_velocity(x, sigma)).square().mean())
+
+    def _close(self, totals: dict[str, list[float]]) -> None:
+        """What follows the updates of one rollout: the other two adapters, and β."""
+        follow(self._old, self.parameters, self.config.objective.old_decay(self.version))
+        follow(self._average, self.parameters, warmed_up(self.config.optimizer.ema, self.version))
+        if totals["kl"]:
+            totals["kl_beta"] = [self.kl_beta]
+            self.kl_beta = self.config.objective.next_beta(self.kl_beta, float(np.mean(totals["kl"])))
+        self.version += 1
 
     def _optimise(
         self,
@@ -105,17 +163,19 @@ class Learner:
                 self._backward(group, advantage, weight, step_index, totals)
         norm = float(clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm))
         totals["grad_norm"].append(norm)
-        totals["lr"].append(self._warm_up(step_index))
-        if math.isfinite(norm):
+        totals["lr"].append(self._schedule(step_index))
+        sound = weight > 0 and math.isfinite(norm)  # where nobody got a reward, momentum alone must not move weights
+        if sound:
             self.optimizer.step()
-        totals["skipped_updates"].append(float(not math.isfinite(norm)))
+        totals["skipped_updates"].append(float(not sound))
 
     def _weight(self, group: RolloutGroup, advantage: np.ndarray) -> int:
         return int(np.isfinite(advantage).sum()) * self.config.objective.passes(group.trajectories)
 
     def _matters(self, advantage: np.ndarray) -> bool:
-        """Without a pull to the base, a group of zero advantages has zero gradient: no need to compute it."""
-        return bool(np.nan_to_num(advantage).any()) or getattr(self.config.objective, "kl_beta", 0.0) > 0
+        """A group of zero advantages with no gradient need not be computed."""
+        still = self.config.objective.still_at_zero and self.kl_beta == 0
+        return not still or bool(np.nan_to_num(advantage).any())
 
     def _backward(
         self, group: RolloutGroup, advantage: np.ndarray, weight: int, step_index: int, totals: dict[str, list[float]]
@@ -124,33 +184,50 @@ class Learner:
 
         keep = torch.from_numpy(np.isfinite(advantage)).to(self.model.device)
         advantages_G = torch.from_numpy(np.nan_to_num(advantage)).float().to(self.model.device)
-        policy = BoundPolicy(self.model, group.conditioning, self.config.sampling.dynamics)
+        dynamics = self.config.sampling.dynamics
+        old = () if all(map(torch.equal, self._old, self.parameters)) else self._old
+        policy = BoundPolicy(self.model, group.conditioning, dynamics, self.parameters, old)
         seed = seed_for(self.config.seed, "update", step_index, group.prompt.id)
         for term in self.config.objective.terms(policy, group.trajectories, advantages_G, seed):
-            loss = torch.where(keep, term.loss_G, 0.0).sum() / weight
+            kl = {} if term.kl_G is None else {"kl": term.kl_G.detach()}
+            loss_G = term.loss_G if term.kl_G is None else term.loss_G + self.kl_beta * term.kl_G
+            loss = torch.where(keep, loss_G, 0.0).sum() / weight
             loss.backward()
             totals["loss"].append(float(loss.detach()) * weight / float(keep.sum()))
-            for name, values in term.metrics.items():
+            for name, values in {**term.metrics, **kl}.items():
                 totals[name].append(float(values[keep].mean()))
 
-    def _warm_up(self, step_index: int) -> float:
-        """Linear warm-up, constant after; returns the learning rate of this step."""
-        o = self.config.optimizer
-        lr = o.lr * min(1.0, (step_index + 1) / (o.warmup_steps + 1))
+    def _schedule(self, step_index: int) -> float:
+        """Linear warm-up times a line from 1 to ``lr_end``; sets and returns the learning rate of this step."""
+        o, last = self.config.optimizer, max(1, self.config.steps - 1)
+        falling = 1 - (1 - o.lr_end) * min(1.0, step_index / last)
+        lr = o.lr * falling * min(1.0, (step_index + 1) / (o.warmup_steps + 1))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         return lr
 
     def adapter(self) -> Adapter:
-        """A copy of the current adapter, to publish."""
-        return read_adapter(self.model.transformer, self.version)
+        """A copy of what rollouts sample with, to publish: θ_old."""
+        return self._read(self._old)
+
+    def evaluation_adapter(self) -> Adapter:
+        """A copy of the average of θ, which is θ itself while ``optimizer.ema`` is 0."""
+        return replace(self._read(self._average), role="evaluation")
+
+    def _read(self, values: Sequence[Tensor]) -> Adapter:
+        with lent(self.parameters, values):
+            return read_adapter(self.model.transformer, self.version)
 
     def state(self) -> dict[str, Any]:
         """Everything that a resume needs, on the CPU."""
+        own = dict(read_adapter(self.model.transformer, self.version).tensors)
         return {
             "version": self.version,
-            "adapter": dict(self.adapter().tensors),
+            "adapter": own,
             "optimizer": self.optimizer.state_dict(),
+            "old": _shared(self.adapter().tensors, own),
+            "average": _shared(self.evaluation_adapter().tensors, own),
+            "kl_beta": (self.config.objective.first_beta, self.kl_beta),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -159,14 +236,33 @@ class Learner:
         Raises:
             ValueError: a state of another model or adapter.
         """
+        for name, follower in (("old", self._old), ("average", self._average)):
+            # Checkpoints of earlier versions hold neither: both were θ.
+            write_adapter(self.model.transformer, state.get(name, state["adapter"]))
+            follow(follower, self.parameters, 0.0)
         write_adapter(self.model.transformer, state["adapter"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.version = state["version"]
         o = self.config.optimizer  # what the configuration says now, not what the checkpoint was written with
         for group in self.optimizer.param_groups:
             group.update(betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+        first, adapted = state.get("kl_beta", (None, None))
+        if first == self.config.objective.first_beta:  # else the configuration asks for a new beginning
+            self.kl_beta = adapted
 
     def save_adapter(self, folder: Path) -> Path:
         """Write adapter/pytorch_lora_weights.safetensors for the stock pipeline."""
         config = self.config.adapter
-        return self.model.save_adapter(folder, self.adapter().tensors, config.rank, config.alpha)
+        return self.model.save_adapter(folder, self.evaluation_adapter().tensors, config.rank, config.alpha)
+
+
+def _shared(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same values, by the same objects where they equal ``own``'s: a file then holds them once."""
+    import torch
+
+    return {name: own[name] if torch.equal(tensor, own[name]) else tensor for name, tensor in tensors.items()}
+
+
+def _key(name: str) -> str:
+    """A metric's full key: a name that brings its section keeps it."""
+    return name if "/" in name else f"policy/{name}"

@@ -34,7 +34,9 @@ SUMMARIES = {
     "reward": "last",
     "advantage": "mean",
     "policy": "last",
+    "steps": "last",
     "judge": "mean",
+    "scorer": "mean",
     "perf": "mean",
 }
 """W&B section -> which figures of a curve stand for the run in the table of runs."""

@@ -27,7 +27,7 @@ SERIES = 8
 SMOOTH_FROM = 24
 """Points from which a curve is drawn faint, with its moving average over it."""
 
-SECTIONS = ("reward/", "judge/", "advantage/", "policy/")
+SECTIONS = ("reward/", "judge/", "scorer/", "advantage/", "policy/")
 """Metric sections with a small chart for every figure, in this order."""
 
 

@@ -100,7 +100,8 @@ class BradleyTerry(_Pairwise):
 class Pointwise:
     """Scores of single candidates: R(i) = weighted mean over criteria of the mean score of sibling i.
 
-    Scores of a family that scores two at once count for either member.
+    Scores of a family that scores two at once count for either member; those of in-process scorers stand beside the
+    judge's, by name. Beside a judge, ``Several(names=("judge", "scores"), rewards=(WinRate(), Pointwise(criteria=…)))``.
     """
 
     criteria: tuple[str, ...] = ()
@@ -145,6 +146,10 @@ class Several:
 
     names: tuple[str, ...]
     rewards: tuple[Reward, ...]
+
+    @property
+    def compares(self) -> bool:
+        return any(getattr(reward, "compares", False) for reward in self.rewards)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if not self.names or len(set(self.names)) != len(self.names) or len(self.names) != len(self.rewards):

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from grpo_flex.config import RunConfig
-from grpo_flex.dynamics import Ode, Selection, Step, step
+from grpo_flex.dynamics import Past, Step, step
 from grpo_flex.prompts import seed_for
 from grpo_flex.types import Adapter, Prompt, RolloutGroup, Sample, Trajectories
 from grpo_flex.weights import attach_adapter, write_adapter
@@ -38,7 +40,7 @@ class RolloutWorker:
         self.config, self.name = config, name
         self.model = config.generator.load(device)
         attach_adapter(self.model, config.adapter, config.seed)
-        self._version = -1
+        self._loaded = (-1, "")
 
     def generate(self, step_index: int, prompt: Prompt, adapter: Adapter) -> RolloutGroup:
         """Sample the G siblings of one prompt with the given adapter."""
@@ -52,11 +54,14 @@ class RolloutWorker:
         conditioning = self.model.encode([prompt.text])[0]
         with torch.no_grad():
             trajectories, final = self._sample(conditioning, step_index, seed, seeds)
+        media = self.model.decode(final)
+        pixels = torch.from_numpy(np.stack(media)).float() / 255
         return RolloutGroup(
             step=step_index,
             prompt=prompt,
             conditioning=conditioning,
-            media_G=tuple(self.model.decode(final)),
+            media_G=tuple(media),
+            diversity={"latent": mean_distance(final), "pixel": mean_distance(pixels)},
             trajectories=trajectories,
             seeds_G=seeds,
             policy_version=adapter.version,
@@ -82,15 +87,16 @@ class RolloutWorker:
 
     def use(self, adapter: Adapter) -> None:
         """Load the adapter unless it is loaded already."""
-        if adapter.version != self._version:
+        if (adapter.version, adapter.role) != self._loaded:
             write_adapter(self.model.transformer, adapter.tensors)
-            self._version = adapter.version
+            self._loaded = (adapter.version, adapter.role)
 
     def sample_ode(self, conditioning: Conditioning, seeds: Sequence[int], steps: int) -> Tensor:
-        """Clean latents [len(seeds), N, C] by Euler steps of the ODE."""
-        x = self._noise(seeds)
-        for sigma, sigma_next in _intervals(self.model.sigmas(steps)):
-            x = step(Ode(), x, self.model.velocity(x, sigma, conditioning), sigma, sigma_next).next_sample
+        """Clean latents [len(seeds), N, C] by the held-out samples' solver."""
+        x, past = self._noise(seeds), None
+        for sigma, sigma_next in pairwise(self.model.sigmas(steps)):
+            v = self.model.velocity(x, sigma, conditioning)
+            x, past = self.config.sampling.eval_solver.advance(x, v, sigma, sigma_next, past), Past(v, sigma)
         return x
 
     def _sample(
@@ -99,31 +105,31 @@ class RolloutWorker:
         """The trained steps of a group, and its clean latents [G, N, C]."""
         config, objective = self.config.sampling, self.config.objective
         selection = config.window.select(config.steps, iteration, seed)
-        sigmas = self.model.sigmas(config.steps)
-        x = self._noise([seed] * len(seeds) if config.same_noise else seeds)
+        sigmas = selection.schedule(self.model.sigmas(config.steps))
+        stochastic = selection.stochastic if config.dynamics.stochastic else frozenset()
+        trained = selection.trained if objective.needs_noise else ()
+        # From the same noise siblings are one until the first step with noise: that prefix is computed once.
+        x = self._noise([seed] if config.same_noise else seeds)
         generators = [_generator(seed_for(s, "sde")) for s in seeds]
         before: list[Tensor] = []
         taken: list[Step] = []
-        for i, (sigma, sigma_next) in enumerate(_intervals(sigmas)):
-            now = self._step(x, sigma, sigma_next, conditioning, i in selection.stochastic, generators)
-            if i in selection.trained:
+        past: Past | None = None
+        for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+            x = _branched(x, len(seeds)) if i in stochastic else x
+            v = self.model.velocity(x, sigma, conditioning)
+            if i not in stochastic:
+                x, past = config.solver.advance(x, v, sigma, sigma_next, past), Past(v, sigma)
+                continue
+            now = self._noisy_step(x, v, sigma, sigma_next, generators)
+            if i in trained:
                 before.append(x)
                 taken.append(now)
-            x = now.next_sample
-        return _record(selection, sigmas, before, taken, objective.keeps_means, x if objective.keeps_final else None), x
+            x, past = now.next_sample, None  # the path that a solver extrapolates ends where noise comes in
+        return _record(trained, sigmas, before, taken, objective.keeps_means, x, objective.keeps_final), x
 
-    def _step(
-        self,
-        x: Tensor,
-        sigma: float,
-        sigma_next: float,
-        conditioning: Conditioning,
-        stochastic: bool,
-        generators: list[torch.Generator],
+    def _noisy_step(
+        self, x: Tensor, v: Tensor, sigma: float, sigma_next: float, generators: list[torch.Generator]
     ) -> Step:
-        v = self.model.velocity(x, sigma, conditioning)
-        if not stochastic:
-            return step(Ode(), x, v, sigma, sigma_next)
         noise = _normal(self.model.latent_shape, generators).to(x.device)
         return step(self.config.sampling.dynamics, x, v, sigma, sigma_next, noise=noise)
 
@@ -139,8 +145,21 @@ def _together(conditionings: Sequence[Conditioning]) -> Conditioning:
     return {name: torch.cat([c[name] for c in conditionings]) for name in conditionings[0]}
 
 
-def _intervals(sigmas: Sequence[float]) -> pairwise[tuple[float, float]]:
-    return pairwise(sigmas)
+def _branched(x: Tensor, siblings: int) -> Tensor:
+    """[siblings, N, C]: one path becomes one for each sibling."""
+    return x if x.shape[0] == siblings else x.expand(siblings, -1, -1).contiguous()
+
+
+def mean_distance(points: Tensor) -> float:
+    """Mean over all pairs of siblings of the root mean square difference of their elements.
+
+    Args:
+        points: [G, …], G > 1.
+    """
+    import torch
+
+    flat = points.flatten(1).float()
+    return float(torch.pdist(flat).mean() / flat.shape[1] ** 0.5)
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -157,21 +176,26 @@ def _normal(shape: tuple[int, int], generators: Sequence[torch.Generator]) -> Te
 
 
 def _record(
-    selection: Selection,
+    steps_K: tuple[int, ...],
     sigmas: tuple[float, ...],
     before: list[Tensor],
     taken: list[Step],
     keep_means: bool,
-    final: Tensor | None,
+    final: Tensor,
+    keep_final: bool,
 ) -> Trajectories:
     import torch
 
+    def stack(tensors: list[Tensor], empty: Tensor) -> Tensor:
+        """[G, K, …], also for K = 0: an objective that looks at x_0 alone trains no step."""
+        return torch.stack([empty, *tensors], dim=1)[:, 1:]
+
     return Trajectories(
-        latents_GKNC=torch.stack(before, dim=1),
-        next_latents_GKNC=torch.stack([s.next_sample for s in taken], dim=1),
-        steps_K=selection.trained,
+        latents_GKNC=stack(before, final),
+        next_latents_GKNC=stack([s.next_sample for s in taken], final),
+        steps_K=steps_K,
         sigmas=sigmas,
-        logprobs_GK=torch.stack([s.logprob for s in taken], dim=1),
-        means_GKNC=torch.stack([s.mean for s in taken], dim=1) if keep_means else None,
-        final_GNC=final,
+        logprobs_GK=stack([s.logprob for s in taken], final.new_zeros(final.shape[0])),
+        means_GKNC=stack([s.mean for s in taken], final) if keep_means else None,
+        final_GNC=final if keep_final else None,
     )

@@ -7,21 +7,26 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_flex import checkpoint, verdicts
-from grpo_flex.config import ConfigError, RunConfig, from_json, override, to_json
+from grpo_flex.config import ConfigError, Judge, RunConfig, from_json, override, to_json
 from grpo_flex.console import running_pid
 from grpo_flex.prompts import PromptStream, read_prompts
 
 if TYPE_CHECKING:
+    from ray.exceptions import RayError
+
+    from grpo_flex.judge_server import JudgeServer
     from grpo_flex.train import Trainer
     from grpo_flex.types import Prompt
 
 RESUME_ME = 75
 """Exit status of an interrupted run (EX_TEMPFAIL): everything is saved, start it again with --resume."""
+SIGNAL_S = 2.0
+"""A signal to the whole process group may end Ray's processes before this one has seen it; so long it is waited for."""
 SPACE_MB = 256
 """Free space below which no run is started."""
 
@@ -45,6 +50,7 @@ def train(config: RunConfig, resume: Path | None = None) -> int:
         ConfigError, CheckpointError: nothing was started and nothing is left behind.
     """
     config.validate()
+    to_json(config)  # refuses, before anything is started, what a resume could not read back
     heldout = read_prompts(config.prompts.heldout, "prompts.heldout")
     prompts = PromptStream(read_prompts(config.prompts.train, "prompts.train"), config.prompts.per_step, config.seed)
     if resume and (pid := running_pid(resume)):
@@ -76,13 +82,11 @@ def _assemble(
     quieten()
     from grpo_flex.cluster import Cluster
     from grpo_flex.console import Console
-    from grpo_flex.judging import check_endpoints
     from grpo_flex.metrics import RunLog
     from grpo_flex.train import Trainer
 
-    endpoints = config.judge.endpoints or stack.enter_context(_judge_server(config, run_dir))
-    for complaint in check_endpoints(endpoints, config.judge.model, _auth(config)):
-        _say(f"warning: {complaint}; going on with the other judges")
+    server = stack.enter_context(_judge_server(config.judge, run_dir))
+    endpoints = _check_judge(config.judge, server)
     verdicts.drop_from_step(run_dir / verdicts.FILE_NAME, done + 1)
     cluster = stack.enter_context(Cluster(config, run_dir, endpoints))
     cluster.wait_until_ready()
@@ -91,38 +95,56 @@ def _assemble(
     (run_dir / "config.json").write_text(to_json(config))
     log = stack.enter_context(RunLog(run_dir, config, done if state else None))
     console = stack.enter_context(Console(config.steps, done, run_dir.name, run_dir=run_dir))
-    return Trainer(config, cluster, log, console, prompts=prompts, heldout=heldout, step=done)
+    return Trainer(config, cluster, log, console, prompts=prompts, heldout=heldout, step=done, server=server)
 
 
 def _run_to_the_end(trainer: Trainer) -> int:
-    from ray.exceptions import RayActorError, RayTaskError
+    from ray.exceptions import RayError
 
-    from grpo_flex.train import Interrupted, JudgeAway, signals
+    from grpo_flex.judge_server import JudgeAway
+    from grpo_flex.train import Interrupted, Starved, signals
 
     status = 0
     with signals(trainer):
         try:
             trainer.run()
-        except (Interrupted, JudgeAway) as reason:
-            status = RESUME_ME
+        except (Interrupted, JudgeAway, Starved) as reason:
             trainer.console.note(f"stopped: {reason}" if str(reason) else "stopped on request")
-            try:
-                trainer.save()
-            except RayActorError:  # a signal to the whole process group reached the learner as well
-                trainer.console.note("the learner has ended too; the last checkpoint stands")
-                return status
-        except RayActorError as error:
-            # It may be the learner that died, so nothing newer than the last checkpoint can be saved.
-            raise ValueError(
-                f"a process of the run died: {_first_line(error)}\n{_go_on(trainer.log.run_dir)}"
-            ) from error
-        except RayTaskError as error:
-            trainer.save()
-            cause = error.cause
-            raise ValueError(f"{type(cause).__name__}: {cause}\n{_go_on(trainer.log.run_dir)}") from error
+            status = RESUME_ME
+        except RayError as error:
+            if not trainer.stopping(SIGNAL_S):
+                raise _failure(trainer, error) from error
+            trainer.console.note("stopped on request")
+            status = RESUME_ME
+        if status and not _saved(trainer):
+            return status
     trainer.cluster.save_adapter(trainer.log.run_dir / "adapter")
     trainer.cluster.close_judge()
     return status
+
+
+def _saved(trainer: Trainer) -> bool:
+    """Save the completed steps; False where a signal to the whole process group ended the learner as well."""
+    from ray.exceptions import RayError
+
+    try:
+        trainer.save()
+    except RayError:
+        trainer.console.note("the learner has ended too; the last checkpoint stands")
+        return False
+    return True
+
+
+def _failure(trainer: Trainer, error: RayError) -> ValueError:
+    """What the user is told of a process that failed or died; the completed steps are saved where that is possible."""
+    from ray.exceptions import RayTaskError
+
+    again = _go_on(trainer.log.run_dir)
+    if isinstance(error, RayTaskError):
+        trainer.save()
+        return ValueError(f"{type(error.cause).__name__}: {error.cause}\n{again}")
+    # It may be the learner that died, so nothing newer than the last checkpoint can be saved.
+    return ValueError(f"a process of the run died: {_first_line(error)}\n{again}")
 
 
 def _go_on(run_dir: Path) -> str:
@@ -187,17 +209,33 @@ def _make_unused(path: Path) -> Path:
     raise AssertionError("count never ends")
 
 
-@contextmanager
-def _judge_server(config: RunConfig, run_dir: Path) -> Iterator[tuple[str, ...]]:
-    server = config.judge.server.start(run_dir)
-    try:
-        yield server.endpoints
-    finally:
-        server.stop()
+def _judge_server(judge: Judge | None, run_dir: Path) -> AbstractContextManager[JudgeServer | None]:
+    """The judge that the run starts for itself, if it does."""
+    from grpo_flex.judge_server import JudgeServer
+
+    return (
+        nullcontext() if judge is None or judge.server is None else JudgeServer(judge.server, run_dir, judge.restarts)
+    )
 
 
-def _auth(config: RunConfig) -> dict[str, str]:
-    key = os.environ.get(config.judge.api_key_env, "")
+def _check_judge(judge: Judge | None, server: JudgeServer | None) -> tuple[str, ...]:
+    """The endpoints to ask; each was asked once for its models.
+
+    Raises:
+        JudgeUnreachable: none can be used.
+    """
+    from grpo_flex.judging import check_endpoints
+
+    if judge is None:
+        return ()
+    endpoints = judge.endpoints if server is None else server.endpoints
+    for complaint in check_endpoints(endpoints, judge.model, _auth(judge)):
+        _say(f"warning: {complaint}; going on with the other judges")
+    return endpoints
+
+
+def _auth(judge: Judge) -> dict[str, str]:
+    key = os.environ.get(judge.api_key_env, "")
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 

@@ -19,10 +19,12 @@ from grpo_flex import checkpoint
 from grpo_flex.cluster import Cluster
 from grpo_flex.config import RunConfig
 from grpo_flex.console import Console
+from grpo_flex.judge_server import JudgeAway, JudgeServer
 from grpo_flex.judging import judge_metrics, judged_share
 from grpo_flex.metrics import RunLog, VerdictRow
 from grpo_flex.prompts import PromptStream, seed_for
 from grpo_flex.rewards import reward_metrics
+from grpo_flex.scorers import scorer_metrics
 from grpo_flex.types import Prompt, RewardedGroup, RolloutGroup, UpdateBatch, Verdict
 
 if TYPE_CHECKING:
@@ -34,15 +36,17 @@ if TYPE_CHECKING:
 HEARTBEAT_S = 5.0
 """Between two looks at a judge that is away."""
 POLL_S = 0.5
-"""How long a Ctrl-C may go unnoticed while the run waits."""
+"""How long a Ctrl-C, or a process that died, may go unnoticed while the run waits."""
+STARVED_STEPS = 3
+"""So many steps in a row in which no sibling got a reward end the run: it would only burn time."""
 
 
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM: the step in flight is given up, the steps before it are safe."""
 
 
-class JudgeAway(Exception):
-    """Too few verdicts for longer than ``judge.give_up_s``."""
+class Starved(Exception):
+    """Nobody gave any sibling a reward, step after step: scorers fail throughout."""
 
 
 class Trainer:
@@ -52,40 +56,46 @@ class Trainer:
         prompts: the stream of training prompts.
         heldout: the prompts of the evaluations.
         step: training steps completed so far (0, or the checkpoint's).
+        server: the judge that the run started for itself, to be started again when it dies.
     """
 
     def __init__(
         self, config: RunConfig, cluster: Cluster, log: RunLog, console: Console,
-        *, prompts: PromptStream, heldout: Sequence[Prompt], step: int,
+        *, prompts: PromptStream, heldout: Sequence[Prompt], step: int, server: JudgeServer | None = None,
     ) -> None:  # fmt: skip
         self.config, self.cluster, self.log, self.console = config, cluster, log, console
-        self.prompts, self.heldout, self.step = prompts, heldout, step
+        self.prompts, self.heldout, self.step, self.server = prompts, heldout, step, server
         self._stop = False
+        self._next_look = 0.0
+        self._starved = 0
         self._batch: Sequence[Prompt] = ()
         self._asked: list[ray.ObjectRef[list[Verdict]]] = []
+        self._scoring: list[list[ray.ObjectRef[list[Verdict]]]] = []
         self._example: tuple[GroupRef, RewardedGroup, Sequence[Verdict]] | None = None
         self._seconds: dict[str, float] = {}
+        self._outage: dict[str, float] = {}
 
     def run(self) -> None:
         """Train until ``config.steps`` are completed.
 
         Raises:
-            Interrupted, JudgeAway: after which ``save`` keeps every completed step.
+            Interrupted, JudgeAway, Starved: after which ``save`` keeps every completed step.
         """
         adapter = self.cluster.publish()
         if self.log.last_step < 0:  # a run that was stopped in its first step has its step 0 already
-            numbers = self.evaluate(adapter)
+            numbers = self.evaluate(self.cluster.publish_evaluation())
             self.log.log(0, numbers)
             self.console.step(0, numbers)
         while self.step < self.config.steps:
-            began, self._seconds = time.perf_counter(), {}
+            began, self._seconds, self._outage = time.perf_counter(), {}, {}
             groups = self.rollout(self.prompts.batch(self.step), adapter)
             verdicts = self.judge(groups)
-            numbers = self.learn(groups, verdicts)
+            scores = self.score()
+            numbers = self.learn(groups, verdicts, scores)
             adapter = self.cluster.publish()
             self.step += 1
             if self.step % self.config.evaluation.every == 0 or self.step == self.config.steps:
-                numbers |= self.evaluate(adapter)
+                numbers |= self.evaluate(self.cluster.publish_evaluation())
                 self.show_verdicts()
             numbers |= {f"perf/{phase}_s": seconds for phase, seconds in self._seconds.items()}
             numbers["perf/step_s"] = time.perf_counter() - began
@@ -97,16 +107,20 @@ class Trainer:
     # ------------------------------------------------------------ phases
 
     def rollout(self, prompts: Sequence[Prompt], adapter: AdapterRef) -> list[GroupRef]:
-        """Groups of all prompts; asking the judge about each begins as soon as it exists."""
+        """Groups of all prompts; judge and scorers begin with each as soon as it exists."""
         with self._phase("rollout"):
             groups = self.cluster.generate(self.step, prompts, adapter)
             self._batch = prompts
-            self._asked = [self._ask(group, prompt) for group, prompt in zip(groups, prompts, strict=True)]
+            if self.config.judge is not None:
+                self._asked = [self._ask(group, prompt) for group, prompt in zip(groups, prompts, strict=True)]
+            self._scoring = [self.cluster.score(group) for group in groups]
             self._wait(groups)
         return groups
 
     def judge(self, groups: Sequence[GroupRef]) -> list[list[Verdict]]:
         """Verdicts of every group; waits for a judge that is away and asks again about what it missed."""
+        if self.config.judge is None:
+            return [[] for _ in groups]
         with self._phase("judge"):
             verdicts = self._get(self._asked)
             away_since = None
@@ -114,28 +128,44 @@ class Trainer:
                 away_since = away_since or time.monotonic()
                 what = f"{len(missing)} of {len(groups)} groups lack verdicts{_mostly(verdicts)}"
                 self._hold_for_judge(time.monotonic() - away_since, what)
+                self._count("asked_again", sum(v.status != "ok" for i in missing for v in verdicts[i]))
                 again = self._get([self._ask(groups[i], self._batch[i], verdicts[i]) for i in missing])
                 for i, verdict in zip(missing, again, strict=True):
                     verdicts[i] = verdict
+            self._count("away_s", time.monotonic() - away_since if away_since else 0.0)
             return verdicts
 
-    def learn(self, groups: Sequence[GroupRef], verdicts: Sequence[Sequence[Verdict]]) -> dict[str, float]:
-        """Verdicts -> rewards -> advantages -> update. Groups with too few verdicts are left out."""
+    def score(self) -> list[list[Verdict]]:
+        """What the in-process scorers said of every group; a failed score is masked, and never asked again."""
+        if not self.config.scorers:
+            return [[] for _ in self._batch]
+        with self._phase("score"):
+            given = [[v for said in self._get(refs) for v in said] for refs in self._scoring]
+        for prompt, verdicts in zip(self._batch, given, strict=True):
+            self.cluster.record(self.step, prompt, verdicts)
+        return given
+
+    def learn(
+        self, groups: Sequence[GroupRef], verdicts: Sequence[Sequence[Verdict]], scores: Sequence[Sequence[Verdict]]
+    ) -> dict[str, float]:
+        """Verdicts and scores -> rewards -> advantages -> update. Groups with too few verdicts are left out."""
         config, unusable = self.config, set(self._unusable(verdicts))
         usable = [i for i in range(len(groups)) if i not in unusable]
-        rewarded = [config.reward(config.sampling.group_size, verdicts[i], self._batch[i].id) for i in usable]
+        said = [[*verdicts[i], *scores[i]] for i in usable]
+        prompts = [self._batch[i] for i in usable]
+        rewarded = [config.reward(config.sampling.group_size, v, p.id) for v, p in zip(said, prompts, strict=True)]
+        self._check_rewards(rewarded, scores)
         advantages, numbers = config.advantage(rewarded)
+        report = self.cluster.judge_report()  # read beside the update, which takes longer
         with self._phase("update"):
             batch = UpdateBatch(
                 groups=tuple(groups[i] for i in usable),
                 advantages=tuple(advantages),
             )
             result = self.cluster.update(batch, self.step)
-        self._example = (groups[usable[0]], rewarded[0], verdicts[usable[0]])
-        numbers |= (
-            reward_metrics(rewarded) | judge_metrics(verdicts) | self.cluster.judge_counters() | dict(result.metrics)
-        )
-        return numbers | {"judge/dropped_groups": float(len(unusable))}
+        self._example = (groups[usable[0]], rewarded[0], said[0])
+        numbers |= reward_metrics(rewarded) | judge_metrics(verdicts) | scorer_metrics(scores)
+        return numbers | self._outage_metrics(len(unusable)) | ray.get(report) | dict(result.metrics)
 
     def evaluate(self, adapter: AdapterRef) -> dict[str, float]:
         """Mean scores of held-out samples, as heldout/<name>; pictures go to the log."""
@@ -161,35 +191,81 @@ class Trainer:
         """Ask the run to end at the next wait for rollouts or the judge."""
         self._stop = True
 
+    def stopping(self, within_s: float) -> bool:
+        """Whether the run was asked to end, or is within so many seconds."""
+        until = time.monotonic() + within_s
+        while not self._stop and time.monotonic() < until:
+            time.sleep(0.05)
+        return self._stop
+
     def _ask(self, group: GroupRef, prompt: Prompt, previous: Sequence[Verdict] = ()) -> ray.ObjectRef[list[Verdict]]:
         return self.cluster.judge(group, seed_for(self.config.seed, "pairs", self.step, prompt.id), previous)
 
     def _unusable(self, verdicts: Sequence[Sequence[Verdict]]) -> list[int]:
-        """Indices of the groups with too small a share of judged pairs."""
-        need = self.config.judge.min_judged
-        return [i for i, vs in enumerate(verdicts) if not vs or judged_share(vs) < need]
+        """Indices of the groups with too small a share of judged pairs; without a judge there is none."""
+        if (judge := self.config.judge) is None:
+            return []
+        return [i for i, vs in enumerate(verdicts) if not vs or judged_share(vs) < judge.min_judged]
 
     def _spare(self, groups: int) -> int:
         """How many groups a step can do without; never all of them."""
+        assert self.config.judge is not None
         return min(groups - 1, groups - math.ceil(groups * self.config.judge.min_groups - 1e-9))
 
     def _hold_for_judge(self, away_s: float, what: str) -> None:
         """One heartbeat of waiting, and on until the judge answers its health probe."""
-        began = time.monotonic()
+        assert self.config.judge is not None
+        began, limit = time.monotonic(), self.config.judge.give_up_s
         while True:
-            if away_s + time.monotonic() - began > self.config.judge.give_up_s:
-                limit = f"judge.give_up_s={self.config.judge.give_up_s:g}"
-                raise JudgeAway(f"{what} for longer than {limit}; bring the judge back, then resume")
+            if away_s + time.monotonic() - began > limit:
+                raise JudgeAway(f"{what} for longer than judge.give_up_s={limit:g}; bring the judge back, then resume")
             self.console.note(f"step {self.step + 1}: {what}; waiting for the judge")
             self._pause(HEARTBEAT_S)
             if self.cluster.judge_is_healthy():
                 return
+            self._revive_judge()
+
+    def _revive_judge(self) -> None:
+        """Start the run's own judge again if its process has ended; called when no endpoint is healthy."""
+        if self.server is None or not self.server.ended:
+            return
+        self.console.note(f"step {self.step + 1}: the judge's process has ended; starting it again")
+        self._count("restarts", 1)
+        if problem := self.server.start_again():
+            self.console.note(f"the judge did not come up: {problem}")
+            self._next_look = time.monotonic() + HEARTBEAT_S
+        else:
+            self.cluster.judge_is_healthy()  # closes the circuit breaker now, not with its next probe
+
+    def _outage_metrics(self, dropped: int) -> dict[str, float]:
+        """What a judge that was away cost this step; nothing to say without a judge."""
+        if self.config.judge is None:
+            return {}
+        counted = {"dropped_groups": float(dropped), "away_s": 0.0, "asked_again": 0.0, "restarts": 0.0} | self._outage
+        return {f"judge/{name}": value for name, value in counted.items()}
+
+    def _count(self, name: str, more: float) -> None:
+        self._outage[name] = self._outage.get(name, 0.0) + more
+
+    def _check_rewards(self, rewarded: Sequence[RewardedGroup], scores: Sequence[Sequence[Verdict]]) -> None:
+        """Say so when scorers fail throughout; raise Starved when that leaves step after step without a reward."""
+        flat = [v for group in scores for v in group]
+        for name in sorted({v.scorer for v in flat} - {v.scorer for v in flat if v.status == "ok"}):
+            reason = next(f"{v.problem}: {v.rationale}" for v in flat if v.scorer == name)
+            self.console.note(f"step {self.step + 1}: the scorer {name} failed for every sibling ({reason})")
+        given = any(not np.isnan(group.rewards_G).all() for group in rewarded)
+        self._starved = 0 if given else self._starved + 1
+        if self._starved >= STARVED_STEPS:
+            raise Starved(
+                f"no sibling got a reward in {STARVED_STEPS} steps running (scorer/problem/… and judge/problem/… in the "
+                "metrics say why); mend that, then resume"
+            )
 
     def _wait(self, refs: Sequence[Any]) -> None:
-        """Until all references are there; notices a request to stop in between."""
+        """Until all references are there; looks around in between."""
         pending = list(refs)
         while pending:
-            self._check()
+            self._look()
             _, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_S, fetch_local=False)
 
     def _get(self, refs: Sequence[Any]) -> list[Any]:
@@ -199,12 +275,21 @@ class Trainer:
     def _pause(self, seconds: float) -> None:
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
-            self._check()
+            self._look()
             time.sleep(min(POLL_S, left))
 
-    def _check(self) -> None:
+    def _look(self) -> None:
+        """Whether to stop, how processes and judge are doing (for ``status``), whether the judge needs a start."""
         if self._stop:
             raise Interrupted
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + POLL_S
+        self.console.workers(self.cluster.worker_states())
+        endpoints = self.cluster.judge_states()
+        self.console.judge({e.url: str(e) for e in endpoints})
+        if endpoints and not any(e.healthy for e in endpoints):
+            self._revive_judge()
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -225,9 +310,14 @@ def verdict_rows(group: RolloutGroup, rewarded: RewardedGroup, verdicts: Sequenc
     rows = []
     for i, (media, reward) in enumerate(zip(group.media_G, rewarded.rewards_G, strict=True)):
         said = next((v for v in verdicts if i in v.members and v.status == "ok"), None)
-        text = f"{' vs '.join(map(str, said.members))}: {said.rationale}" if said else "not judged"
+        text = f"{' vs '.join(map(str, said.members))}: {_words(said)}" if said else "not judged"
         rows.append(VerdictRow(prompt=group.prompt.text, media=media, score=float(reward), verdict=text))
     return rows
+
+
+def _words(verdict: Verdict) -> str:
+    """The judge's reply, or a scorer's numbers."""
+    return verdict.rationale or ", ".join(f"{name} {values[0]:.3g}" for name, values in verdict.scores.items())
 
 
 @contextmanager

@@ -76,11 +76,13 @@ class RolloutGroup:
     policy_version: int
     worker: str = ""
     seconds: float = 0.0
+    diversity: Mapping[str, float] = field(default_factory=dict)
+    """Mean distance between two siblings, root mean square over elements: "latent", and "pixel" (white − black = 1)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What the judge said of one sibling, ``members=(i,)``, or of an ordered pair, ``members=(i, j)``.
+    """What the judge, or a scorer, said of one sibling, ``members=(i,)``, or of an ordered pair, ``members=(i, j)``.
 
     ``winner`` and every value of ``dimensions`` name a *position*: 0 for the first member shown, 1 for the
     second, ½ for a declared tie. They are None whenever ``status`` is not "ok".
@@ -97,10 +99,12 @@ class Verdict:
     scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """Criterion -> one number for each member, in the family's own unit (pointwise and scoring families)."""
     rationale: str = ""
-    """The judge's reply as it came."""
+    """The judge's reply as it came; for a scorer that raised, what it raised."""
     problem: str = ""
     """Why there is no verdict, in a word or two: the parser's or the client's named failure."""
     endpoint: str = ""
+    scorer: str = ""
+    """The in-process scorer that gave it; empty: the judge did."""
     seconds: float = 0.0
     tokens: int = 0
     """Completion tokens."""
@@ -142,6 +146,8 @@ class Adapter:
     version: int
     tensors: Mapping[str, torch.Tensor]
     """peft state-dict keys, CPU tensors in the adapter's own precision."""
+    role: Literal["sampling", "evaluation"] = "sampling"
+    """Two adapters of one version: what rollouts sample with, and what is evaluated, shown and exported."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

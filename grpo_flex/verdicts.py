@@ -1,4 +1,4 @@
-"""The record of every verdict: ``verdicts.jsonl.gz`` in the run's directory, written, cut back and read.
+"""The record of every verdict, the judge's and the scorers': ``verdicts.jsonl.gz``, written, cut back and read.
 
 The file is a chain of gzip members, each a batch of whole JSON lines that one ``write`` appended. ``zcat`` and
 any gzip reader take it as one file; a process that is killed loses at most the batch it was collecting, and a
@@ -198,11 +198,13 @@ def main(
             f"none of the {len(entries)} verdicts in {path} fits (step={step}, prompt={prompt!r}, show={show})"
         )
     console = Console()
-    console.print(_step_table(chosen))
+    if any(not e.verdict.scorer for e in chosen):
+        console.print(_step_table(chosen))
     console.print(_verdict_table(chosen[:limit]) if not full else "")
     for e in chosen[:limit] if full else []:
         console.rule(f"step {e.step} · {e.prompt_id} · {_shown(e.verdict)}")
-        console.print(f"{e.prompt}\n{e.verdict.rationale or '(no reply)'}", markup=False, highlight=False)
+        nothing = _outcome(e.verdict) if e.verdict.scorer else "(no reply)"
+        console.print(f"{e.prompt}\n{e.verdict.rationale or nothing}", markup=False, highlight=False)
     if len(chosen) > limit:
         console.print(f"{len(chosen) - limit} more; see them with a larger limit", style="dim")
 
@@ -214,6 +216,8 @@ def _step_table(entries: Sequence[Entry]) -> Any:
 
     groups: dict[int, dict[str, list[Verdict]]] = defaultdict(lambda: defaultdict(list))
     for e in entries:
+        if e.verdict.scorer:  # no reply to parse, no order to be consistent in
+            continue
         groups[e.step][e.prompt_id].append(e.verdict)
     keys = ("verdicts", "masked_share", "parse_rate", "order_consistency", "first_position_win_rate", "latency_p95")
     table = Table("step", *(k.replace("_", " ") for k in keys), title="by step", title_justify="left")
@@ -237,7 +241,8 @@ def _verdict_table(entries: Sequence[Entry]) -> Any:
 
 
 def _shown(verdict: Verdict) -> str:
-    return " vs ".join(map(str, verdict.members))
+    members = " vs ".join(map(str, verdict.members))
+    return f"{members}, by {verdict.scorer}" if verdict.scorer else members
 
 
 def _outcome(verdict: Verdict) -> str:

@@ -1,8 +1,9 @@
-"""The LoRA adapter: attach it, read it, write it, bit for bit."""
+"""The LoRA adapter: attach it, read it, write it, bit for bit; and averages of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from grpo_flex import config as cfg
@@ -68,3 +69,41 @@ def write_adapter(transformer: nn.Module, tensors: Mapping[str, Tensor]) -> None
             f"these adapter weights do not fit the model: {len(wrong)} tensors differ, first {wrong[0]}; check adapter.rank and adapter.targets"
         )
     set_peft_model_state_dict(transformer, dict(tensors))
+
+
+# ---------------------------------------------------------------- averages
+
+
+def copies(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Tensors of the parameters' values, where the parameters are."""
+    return [p.detach().clone() for p in parameters]
+
+
+def follow(average: Sequence[Tensor], parameters: Sequence[nn.Parameter], decay: float) -> None:
+    """average ← decay·average + (1−decay)·parameters, in place; with decay 0 an exact copy."""
+    for kept, p in zip(average, parameters, strict=True):
+        if decay == 0:
+            kept.copy_(p.detach())
+        else:
+            kept.mul_(decay).add_(p.detach(), alpha=1 - decay)
+
+
+def warmed_up(decay: float, updates: int) -> float:
+    """min(decay, (1+n)/(10+n)) after n updates: a young average forgets its beginning quickly."""
+    return min(decay, (1 + updates) / (10 + updates))
+
+
+@contextmanager
+def lent(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
+    """The parameters hold ``values`` while the block lasts. Storage changes hands; nothing is copied.
+
+    Graphs that were recorded before remember the parameters, not their storage, so ``backward`` belongs outside.
+    """
+    kept = [p.data for p in parameters]
+    try:
+        for p, value in zip(parameters, values, strict=True):
+            p.data = value
+        yield
+    finally:
+        for p, own in zip(parameters, kept, strict=True):
+            p.data = own

@@ -96,12 +96,16 @@ class OracleJudge:
 
 
 class RunningJudge:
-    """A started oracle judge: ``endpoints``, ``pid`` and ``stop()``; also a context manager."""
+    """A started oracle judge: ``endpoints``, ``pid``, ``alive()`` and ``stop()``; also a context manager."""
 
     def __init__(self, process: subprocess.Popen[bytes], endpoint: str) -> None:
         self._process = process
         self.endpoints: tuple[str, ...] = (endpoint,)
         self.pid = process.pid
+
+    def alive(self) -> bool:
+        """Whether the process still runs."""
+        return self._process.poll() is None
 
     def stop(self) -> None:
         """Ends the process; harmless when it has ended."""

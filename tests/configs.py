@@ -60,10 +60,16 @@ def tiny_config(folder: Path, **changes: Any) -> RunConfig:
         advantage=GroupRelative(),
         objective=Grpo(clip=1e-3),
         adapter=Adapter(rank=4, alpha=8),
-        optimizer=Optimizer(lr=1e-2),
+        optimizer=Optimizer(lr=1e-2, ema=0.5),
         evaluation=Evaluation(every=2, scorer=Brightness()),
         placement=Placement(rollout_workers=2, rollout_cpus=1, learner_cpus=1, learner_threads=1),
         checkpoint=Checkpoint(every=1, keep=2),
         wandb=Wandb(mode="disabled"),
     )
     return replace(config, **changes)
+
+
+def judge_of(config: RunConfig) -> Judge:
+    """The judge of a configuration that has one."""
+    assert config.judge is not None
+    return config.judge

@@ -73,3 +73,24 @@ def write_prompts(path: Path, count: int) -> str:
     ]
     path.write_text("\n".join(lines) + "\n")
     return str(path)
+
+
+def save_tiny_clip(folder: Path) -> str:
+    """Save a random CLIPModel with 8-dimensional embeddings and its processor; the tokeniser knows letters."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    torch.manual_seed(0)
+    letters = [chr(97 + i) for i in range(26)]
+    vocabulary = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
+    tokenizer = CLIPTokenizer(vocab={w: i for i, w in enumerate(vocabulary)}, merges=[], model_max_length=16)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+    words = {"vocab_size": len(vocabulary), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    config = CLIPConfig(
+        text_config=shape | words | {"max_position_embeddings": 16},
+        vision_config=shape | {"image_size": 32, "patch_size": 16},
+        projection_dim=8,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    size = {"height": 32, "width": 32}
+    CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size), tokenizer).save_pretrained(folder)
+    return str(folder)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from grpo_flex.objectives.base import Policy, Term
+from grpo_flex.objectives.base import Anchored, Policy, Term
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,41 +16,45 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grpo:
+class Grpo(Anchored):
     """L = mean max(−A·r, −A·clip(r, 1−c, 1+c)) + β·KL, with r = exp(log p − log p_old) of each step."""
 
     clip: float = 1e-4
     """c. So small because log p is a mean over all latent elements."""
-    kl_beta: float = 0.0
-    """β of the KL to the frozen base; 0 skips the base's forward pass."""
     kl_form: Literal["exact", "flow_grpo"] = "exact"
     """exact: ‖μ − μ_ref‖²/(2·s²Δ). flow_grpo: ‖μ − μ_ref‖²/(2·s²), as published: β is not portable between them."""
 
     needs_noise: ClassVar[bool] = True
-    keeps_means: ClassVar[bool] = False
-    keeps_final: ClassVar[bool] = False
 
     def problems(self) -> Iterator[tuple[str, str]]:
+        yield from super().problems()
         if not self.clip > 0:
             yield (
                 "clip",
                 f"is {self.clip}; it needs to be above 0 (1e-4 … 1e-5 is usual), or every gradient is clipped away",
             )
-        if self.kl_beta < 0:
-            yield "kl_beta", f"is {self.kl_beta}; a negative weight would reward leaving the base model"
+        if self.kl_form not in ("exact", "flow_grpo"):
+            yield "kl_form", f"is {self.kl_form!r}; it needs to be exact or flow_grpo"
 
     def passes(self, trajectories: Trajectories) -> int:
         return len(trajectories.steps_K)
 
     def terms(self, policy: Policy, trajectories: Trajectories, advantages_G: Tensor, seed: int) -> Iterator[Term]:
-        for k in range(len(trajectories.steps_K)):
+        for k, i in enumerate(trajectories.steps_K):
             new = policy.rescore(trajectories, k)
-            log_ratio = new.logprob - trajectories.logprobs_GK[:, k].to(new.logprob)
+            log_ratio = self.log_ratio(new, trajectories, k)
             loss, metrics = clipped_surrogate(log_ratio, advantages_G, self.clip)
-            if self.kl_beta:
-                kl = self._kl(policy, trajectories, k, new)
-                loss, metrics = loss + self.kl_beta * kl, metrics | {"kl": kl.detach()}
-            yield Term(loss, metrics)
+            weight = self.step_weight(trajectories.sigmas[i], trajectories.sigmas[i + 1])
+            kl = self._kl(policy, trajectories, k, new) if self.kl_beta else None
+            yield Term(weight * loss, metrics | {f"steps/log_ratio_{i:02d}": log_ratio.detach()}, kl)
+
+    def log_ratio(self, new: Step, trajectories: Trajectories, k: int) -> Tensor:
+        """log p − log p_old of the k-th trained step, [G], nats a dimension."""
+        return new.logprob - trajectories.logprobs_GK[:, k].to(new.logprob)
+
+    def step_weight(self, sigma: float, sigma_next: float) -> float:
+        """Weight of one step's surrogate in the loss."""
+        return 1.0
 
     def _kl(self, policy: Policy, trajectories: Trajectories, k: int, new: Step) -> Tensor:
         i = trajectories.steps_K[k]

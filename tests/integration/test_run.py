@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,8 @@ from grpo_flex.__main__ import main
 from grpo_flex.config import RunConfig, to_json
 from grpo_flex.metrics import read_metrics
 from grpo_flex.run import RESUME_ME
-from tests.configs import tiny_config
+from tests.configs import judge_of, tiny_config
+from tests.integration.processes import experiment_file, rows, start_training, wait_for
 
 VOLATILE = ("perf/", "judge/latency", "judge/requests", "judge/retries")
 """Figures of the clock and the network; everything else has to repeat."""
@@ -27,14 +25,7 @@ VOLATILE = ("perf/", "judge/latency", "judge/requests", "judge/retries")
 
 def experiment(folder: Path, **changes: Any) -> str:
     """An experiment file for the command line, which imports a file and not an object."""
-    config = tiny_config(folder, **changes)
-    file = folder / f"exp_{config.name}.py"
-    saved = folder / f"exp_{config.name}.json"
-    saved.write_text(to_json(config))
-    file.write_text(
-        f"from pathlib import Path\nfrom grpo_flex.config import from_json\ndef config(): return from_json(Path({str(saved)!r}).read_text())\n"
-    )
-    return str(file)
+    return experiment_file(tiny_config(folder, **changes), folder)
 
 
 def numbers(run_dir: Path) -> list[dict[str, Any]]:
@@ -83,39 +74,25 @@ def test_a_resume_equals_the_run_never_stopped_also_with_another_number_of_worke
 def test_ctrl_c_saves_and_the_resume_equals_the_run_never_stopped(straight: Path, tmp_path: Path) -> None:
     config = tiny_config(tmp_path, steps=4)
     file = experiment(tmp_path, steps=4, checkpoint=replace(config.checkpoint, every=1000))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "grpo_flex", "train", file], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+    process = start_training(file)
     run_dir = tmp_path / "runs" / "tiny"
-    _wait_for(lambda: run_dir.is_dir() and len(_rows(run_dir)) >= 2, process)
+    wait_for(lambda: run_dir.is_dir() and len(rows(run_dir)) >= 2, process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole process group
     out, _ = process.communicate(timeout=120)
-    done = len(_rows(run_dir)) - 1
+    done = len(rows(run_dir)) - 1
     assert process.returncode == RESUME_ME, out
     assert "--resume" in out and checkpoint.load(run_dir)[0] == done < 4
     assert main(["train", "--resume", str(run_dir)]) == 0
     assert numbers(run_dir) == numbers(straight / "runs" / "tiny")
 
 
-def _rows(run_dir: Path) -> list[Any]:
-    return read_metrics(run_dir) if (run_dir / "metrics.jsonl").is_file() else []
-
-
-def _wait_for(condition: Any, process: subprocess.Popen[str], limit_s: float = 120) -> None:
-    until = time.monotonic() + limit_s
-    while not condition():
-        assert process.poll() is None and time.monotonic() < until, "the run ended, or did not come so far"
-        time.sleep(0.05)
-
-
 def test_a_run_stopped_in_its_first_step_can_be_resumed(straight: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "grpo_flex", "train", experiment(tmp_path, steps=4)], text=True, start_new_session=True
-    )
+    process = start_training(experiment(tmp_path, steps=4))
     run_dir = tmp_path / "runs" / "tiny"
-    _wait_for(lambda: run_dir.is_dir() and len(_rows(run_dir)) >= 1, process)
+    wait_for(lambda: run_dir.is_dir() and len(rows(run_dir)) >= 1, process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == RESUME_ME
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == RESUME_ME, out
     # Overrides may stand behind --resume, as `make … RESUME=… ARGS=…` writes them.
     assert main(["train", "exp.py", "--resume", str(run_dir), "steps=4"]) == 0
     assert numbers(run_dir) == numbers(straight / "runs" / "tiny")
@@ -152,7 +129,7 @@ def refused(config: RunConfig, folder: Path, capsys: pytest.CaptureFixture[str])
 def test_a_judge_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny_config(tmp_path)
     message = refused(
-        replace(config, judge=replace(config.judge, server=None, endpoints=("http://127.0.0.1:9/v1",))),
+        replace(config, judge=replace(judge_of(config), server=None, endpoints=("http://127.0.0.1:9/v1",))),
         tmp_path,
         capsys,
     )

@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from grpo_flex.dynamics import Cps, Dance, Dynamics, FlowSde, Ode, shifted_sigmas
+from grpo_flex.dynamics import Cps, Dance, Dynamics, FlowSde, Multistep, Ode, Past, Solver, shifted_sigmas
 
 S2 = 0.3
 EXPECTED = {
@@ -69,3 +69,25 @@ def test_velocity_gives_the_score() -> None:
     clean = x - sigma * v
     torch.testing.assert_close(-(x + (1 - sigma) * v) / sigma, score, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(-(x - (1 - sigma) * clean) / sigma**2, score, rtol=1e-12, atol=1e-12)
+
+
+def solved_variance(solver: Solver, steps: int) -> float:
+    """Exact variance of x_0 under a deterministic solver: it is linear in x, so one point shows its slope."""
+    x, past = torch.ones(1, 1, 1, dtype=torch.float64), None
+    for sigma, sigma_next in pairwise(shifted_sigmas(steps, 3.0)):
+        v = velocity(x, sigma, 0.0)
+        x, past = solver.advance(x, v, sigma, sigma_next, past), Past(v, sigma)
+    return float(x) ** 2
+
+
+@pytest.mark.parametrize(("solver", "order"), [(Ode(), 1), (Multistep(), 2)], ids=["euler", "multistep"])
+def test_halving_the_steps_size_divides_the_error_by_two_to_the_order(solver: Solver, order: int) -> None:
+    errors = [abs(solved_variance(solver, steps) - S2) for steps in (1000, 2000, 4000)]
+    for coarse, fine in pairwise(errors):
+        assert coarse / fine == pytest.approx(2**order, rel=0.05)
+
+
+@pytest.mark.parametrize("steps", [10, 20, 40])
+def test_the_second_order_solver_is_better_at_the_same_number_of_calls(steps: int) -> None:
+    euler, second = (abs(solved_variance(solver, steps) - S2) for solver in (Ode(), Multistep()))
+    assert second < euler / 5

@@ -39,6 +39,8 @@ def nudged(learner: Learner, scale: float = 0.05) -> Adapter:
     with torch.no_grad():
         for p in learner.parameters:
             p.add_(scale * torch.randn(p.shape, generator=generator))
+    state = learner.state()
+    learner.load_state({key: state[key] for key in ("version", "adapter", "optimizer")})  # θ_old and the average too
     return learner.adapter()
 
 
@@ -220,3 +222,12 @@ def test_the_saved_adapter_gives_the_trainers_pictures_in_a_stock_pipeline(confi
     ).images  # fmt: skip
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert (ours - base).abs().max() > 1e-2
+
+
+def test_the_learning_rate_falls_on_a_line_after_the_warm_up(config: RunConfig) -> None:
+    learner = Learner(
+        override(config, ["steps=5", "optimizer.lr=1.0", "optimizer.lr_end=0.2", "optimizer.warmup_steps=1"])
+    )
+    rates = [learner._schedule(index) for index in range(6)]
+    assert rates == pytest.approx([0.5, 0.8, 0.6, 0.4, 0.2, 0.2])
+    assert learner.optimizer.param_groups[0]["lr"] == rates[-1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import numpy as np
 import pytest
 from hypothesis import assume, given
@@ -86,6 +88,36 @@ def test_a_shift_of_the_rewards_changes_nothing(one: np.ndarray, two: np.ndarray
     moved, _ = advantage([group(one + shift), group(two)])
     np.testing.assert_allclose(plain[0], moved[0], atol=1e-9)
     np.testing.assert_allclose(plain[1], moved[1], atol=1e-9)
+
+
+@given(rewards, st.sampled_from([1e-3, 0.25, 7.0, 1e4]))
+def test_a_positive_factor_changes_nothing_and_a_negative_one_the_sign(values: np.ndarray, factor: float) -> None:
+    np.testing.assert_allclose(standardise(values * factor), standardise(values), atol=1e-9)
+    np.testing.assert_allclose(standardise(values * -factor), -standardise(values), atol=1e-9)
+
+
+@given(rewards, st.randoms())
+def test_ties_stay_ties_order_stays_order_and_places_do_not_matter(values: np.ndarray, chance: Random) -> None:
+    found = standardise(values)
+    np.testing.assert_array_equal(np.sign(np.subtract.outer(found, found)), np.sign(np.subtract.outer(values, values)))
+    places = list(range(len(values)))
+    chance.shuffle(places)
+    np.testing.assert_allclose(standardise(values[places]), found[places], atol=1e-12)
+
+
+@given(st.integers(1, 6), st.integers(1, 6))
+def test_two_levels_of_ties_by_formula(high: int, low: int) -> None:
+    """h siblings tie above l others: √(l/h) and −√(h/l)."""
+    found = standardise(np.array([0.9] * high + [0.2] * low))
+    np.testing.assert_allclose(found, [(low / high) ** 0.5] * high + [-((high / low) ** 0.5)] * low)
+
+
+@given(hnp.arrays(np.float64, st.integers(2, 12), elements=st.one_of(st.just(NAN), st.floats(-1e3, 1e3))))
+def test_whatever_the_rewards_nothing_but_unjudged_members_is_nan(values: np.ndarray) -> None:
+    for advantage in (GroupRelative(), GroupRelative(scale="batch")):
+        (found,), _ = advantage([group(values)])
+        np.testing.assert_array_equal(np.isnan(found), np.isnan(values))
+        assert np.nanmax(np.abs(found), initial=0.0) <= 5.0
 
 
 @given(st.integers(1, 12), st.floats(-1e6, 1e6), st.sampled_from(["group", "batch"]))

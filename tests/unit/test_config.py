@@ -15,6 +15,7 @@ from grpo_flex.config import ConfigError, RunConfig, from_json, load_experiment,
 from grpo_flex.dynamics import Cps, FastWindow, FlowSde, Ode
 from grpo_flex.generators.flux import Flux
 from reward_server.families.unified import Unified2Point
+from tests.configs import judge_of
 
 RECIPES = sorted(p for p in Path("experiments").glob("*.py") if p.name != "__init__.py")
 
@@ -56,7 +57,7 @@ def test_overrides_are_typed() -> None:
         ("steps=true", "'steps' needs a whole number"),
         ("sampling.same_noise=1", "'sampling.same_noise' needs true or false"),
         ("optimizer.betas=(0.9,)", "'optimizer.betas' needs"),
-        ("objective=Nft", "'objective' is a Grpo object; set one of its fields (objective.clip"),
+        ("objective=Nft", "'objective' is a Grpo object; set one of its fields (objective."),
         ("steps.more=3", "'steps.more' goes too deep"),
         ("steps", "'steps' is not an override; write field=value"),
         ("objective.kl_form=other", "'objective.kl_form' needs one of exact, flow_grpo"),
@@ -77,7 +78,7 @@ def test_an_optional_part_can_be_switched_off() -> None:
     changed = override(
         load_experiment("experiments/shapes_image.py"), ["judge.server=none", "judge.endpoints=http://h:1/v1"]
     )
-    assert changed.judge.server is None and changed.judge.endpoints == ("http://h:1/v1",)
+    assert judge_of(changed).server is None and judge_of(changed).endpoints == ("http://h:1/v1",)
     changed.validate()
     with pytest.raises(ConfigError, match="'objective' is a Grpo object"):
         override(changed, ["objective=none"])
@@ -105,11 +106,11 @@ def invalid(config: RunConfig) -> list[tuple[RunConfig, str]]:
             "optimizer.updates_per_rollout is 9, more than the 2 groups",
         ),
         (
-            replace(config, judge=replace(config.judge, server=None)),
+            replace(config, judge=replace(judge_of(config), server=None)),
             "judge.endpoints is empty and judge.server is not set",
         ),
         (
-            replace(config, judge=replace(config.judge, server=None, endpoints=("localhost:80",))),
+            replace(config, judge=replace(judge_of(config), server=None, endpoints=("localhost:80",))),
             "each needs to be a URL",
         ),
         (replace(config, generator=replace(_flux(config), height=30)), "generator.height is 30; FLUX packs"),
@@ -118,7 +119,7 @@ def invalid(config: RunConfig) -> list[tuple[RunConfig, str]]:
             "generator.model is './nowhere', which is no folder",
         ),
         (
-            replace(config, judge=replace(config.judge, family=Unified2Point())),
+            replace(config, judge=replace(judge_of(config), family=Unified2Point())),
             "reward is WinRate, which counts wins, but",
         ),
         (

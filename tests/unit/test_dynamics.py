@@ -18,7 +18,9 @@ from grpo_flex.dynamics import (
     Dynamics,
     FastWindow,
     FlowSde,
+    Multistep,
     Ode,
+    Past,
     RandomFraction,
     SlidingWindow,
     Window,
@@ -114,7 +116,8 @@ def test_schedule_falls_from_one_to_zero(steps: int, shift: float) -> None:
     assert all(a > b for a, b in pairwise(schedule))
 
 
-WINDOWS = [AllButLast(), RandomFraction(fraction=0.6), FastWindow(size=2, last_start=3), SlidingWindow(size=3, every=2)]
+WINDOWS = [AllButLast(), RandomFraction(fraction=0.6), FastWindow(size=2, last_start=3), SlidingWindow(size=3, every=2),
+           SlidingWindow(size=2, flash=0.4)]  # fmt: skip
 
 
 @pytest.mark.parametrize("window", WINDOWS, ids=lambda w: type(w).__name__)
@@ -128,6 +131,10 @@ def test_windows_train_only_stochastic_steps_and_never_the_last(
     assert chosen.trained and set(chosen.trained) <= chosen.stochastic
     assert list(chosen.trained) == sorted(set(chosen.trained))
     assert max(chosen.stochastic) < steps - 1
+    schedule = chosen.schedule(shifted_sigmas(steps, 3.0))
+    assert schedule[0] == 1 and schedule[-1] == 0 and max(chosen.stochastic) < len(schedule) - 2
+    end = max(chosen.trained) + 2
+    assert schedule[:end] == shifted_sigmas(steps, 3.0)[:end]  # trained steps are where they were
 
 
 def test_sliding_window_moves_and_begins_anew() -> None:
@@ -140,3 +147,31 @@ def test_sliding_window_moves_and_begins_anew() -> None:
 def test_a_window_outside_the_schedule_is_named(window: Window) -> None:
     (field, complaint), *_ = window.fits(5)
     assert field == "size" and "sampling.steps=5" in complaint
+
+
+@pytest.mark.parametrize(("flash", "left"), [(1.0, 6), (0.5, 3), (0.4, 2), (0.01, 1)])
+def test_flash_leaves_a_share_of_the_steps_after_the_window(flash: float, left: int) -> None:
+    chosen = SlidingWindow(size=3, every=1, flash=flash).select(10, 1, 0)
+    assert chosen.trained == (1, 2, 3)
+    assert len(chosen.schedule(shifted_sigmas(10, 3.0))) - 1 == 4 + left
+
+
+@given(past=st.floats(0.5, 1.0), now=st.floats(0.2, 0.49), after=st.floats(0.0, 0.19))
+def test_the_multistep_solver_is_exact_for_a_velocity_linear_in_sigma(past: float, now: float, after: float) -> None:
+    """v = a + bσ along the path: x(σ) = aσ + bσ²/2."""
+    a, b, _ = latents()
+    taken = Multistep().advance(a * now + b * now**2 / 2, a + b * now, now, after, Past(a + b * past, past))
+    torch.testing.assert_close(taken, a * after + b * after**2 / 2, rtol=1e-10, atol=1e-10)
+
+
+def test_without_a_past_every_solver_takes_an_euler_step() -> None:
+    x, v, _ = latents()
+    euler = x - v * (0.8 - 0.6)
+    for solver in (Ode(), Multistep()):
+        torch.testing.assert_close(solver.advance(x, v, 0.8, 0.6, None), euler, rtol=1e-12, atol=1e-12)
+    assert torch.equal(Ode().advance(x, v, 0.8, 0.6, Past(x, 0.9)), step(Ode(), x, v, 0.8, 0.6).next_sample)
+
+
+@pytest.mark.parametrize("flash", [0.0, 1.5])
+def test_an_impossible_flash_is_a_complaint(flash: float) -> None:
+    assert [field for field, _ in SlidingWindow(flash=flash).problems()] == ["flash"]

@@ -495,6 +495,40 @@ def test_the_servers_cache_hits_are_shown_since_the_last_look(tmp_path: Path) ->
     assert run(scenario()) == [{"judge/prefix_cache_hit_rate": 0.6, "judge/mm_cache_hit_rate": 0.5}, {}]
 
 
+def test_cache_hits_of_a_server_that_began_anew_count_from_its_beginning(tmp_path: Path) -> None:
+    async def scenario() -> list[dict[str, float]]:
+        server = Server(works)
+        async with server, JudgeClient(config(server.url), tmp_path / "v.gz") as client:
+            await client.judge(group(), 0)
+            before = await client.cache_hit_rates()
+            server.bodies.clear()
+            await client.judge(group(2), 0)
+            return [before, await client.cache_hit_rates()]
+
+    before, after = run(scenario())
+    assert before == after == {"judge/prefix_cache_hit_rate": 0.6, "judge/mm_cache_hit_rate": 0.5}
+
+
+def test_the_state_of_every_server_is_known_while_it_works(tmp_path: Path) -> None:
+    async def scenario() -> tuple[list[str], list[str]]:
+        dead = await _dead_url()
+        async with (
+            Server(hangs) as server,
+            JudgeClient(config(dead, server.url, timeout_s=20.0), tmp_path / "v.gz") as client,
+        ):
+            asking = asyncio.create_task(client.judge(group(6), 0))
+            while server.now < 30 or client.states()[0].healthy:
+                await asyncio.sleep(0.01)
+            during = [str(s) for s in client.states()]
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+            return during, [str(s) for s in client.states()]
+
+    (gone, busy), after = run(scenario())
+    assert gone.startswith("open: nothing is sent to it until it answers a probe, 0 in flight")
+    assert busy == "healthy, 30 in flight" and after[1] == "healthy, 0 in flight"
+
+
 def test_a_judge_that_answers_a_probe_is_asked_again_at_once(tmp_path: Path) -> None:
     async def scenario() -> tuple[set[str], set[str]]:
         server = Server(works)

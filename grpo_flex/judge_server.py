@@ -1,0 +1,75 @@
+"""A judge that the run started for itself: started again on the same port when its process has ended."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+
+class JudgeAway(Exception):
+    """The judge is gone for longer, or more often, than the configuration bears. The message says what to do."""
+
+
+class JudgeServer:
+    """The judge process of a run; a context manager that stops it.
+
+    Args:
+        server: ``judge.server``, an object with ``start(log_dir)``.
+        log_dir: Where it writes its log.
+        restarts: How often it may be started again (``judge.restarts``).
+
+    Raises:
+        ValueError: from ``server.start``, when it does not come up at the start of the run.
+    """
+
+    def __init__(self, server: Any, log_dir: Path, restarts: int) -> None:
+        self._server, self._log_dir, self._allowed = server, log_dir, restarts
+        self._handle: Any = server.start(log_dir)
+        self.endpoints: tuple[str, ...] = tuple(self._handle.endpoints)
+        self.restarts = 0
+        """How often it was started again, or that was tried."""
+
+    def __enter__(self) -> JudgeServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.stop()
+
+    @property
+    def ended(self) -> bool:
+        """Whether its process has ended; a handle that cannot tell (no ``alive()``) is taken to live."""
+        alive = getattr(self._handle, "alive", None)
+        return alive is not None and not alive()
+
+    def start_again(self) -> str:
+        """One more start at the same address; blocks until it answers, and returns "" or why it did not come up.
+
+        Raises:
+            JudgeAway: it was started again as often as it may be, or came up at another address.
+        """
+        if self.restarts >= self._allowed:
+            raise JudgeAway(
+                f"the judge that the run started has ended once more, after {self.restarts} restarts (judge.restarts="
+                f"{self._allowed}); see its log in {self._log_dir} for the cause, then resume"
+            )
+        self.restarts += 1
+        self._handle.stop()
+        try:
+            self._handle = _at(self._server, self.endpoints[0]).start(self._log_dir)
+        except (ValueError, OSError) as error:  # a port that is still taken, memory that is not yet free
+            return str(error)
+        if tuple(self._handle.endpoints) != self.endpoints:
+            raise JudgeAway(
+                f"the judge came up again at {', '.join(self._handle.endpoints)} and not at {', '.join(self.endpoints)}, "
+                "where the run asks: give judge.server a fixed port, then resume"
+            )
+        return ""
+
+
+def _at(server: Any, endpoint: str) -> Any:
+    """The server's settings with the port that it had; unchanged where there is no such field."""
+    if is_dataclass(server) and not isinstance(server, type) and "port" in {f.name for f in fields(server)}:
+        return replace(server, **{"port": urlsplit(endpoint).port})
+    return server

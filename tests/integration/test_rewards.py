@@ -1,0 +1,158 @@
+"""Whole runs whose reward comes from in-process scorers: alone, beside a judge, and when they fail."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from grpo_flex.__main__ import main
+from grpo_flex.advantages import Gdpo
+from grpo_flex.config import RunConfig
+from grpo_flex.metrics import read_metrics
+from grpo_flex.rewards import Pointwise, Several, WinRate
+from grpo_flex.run import RESUME_ME
+from grpo_flex.scorers import ClipScore
+from grpo_flex.types import Prompt
+from grpo_flex.verdicts import FILE_NAME, read_verdicts
+from testbed.oracle import ShapesOracle
+from tests.configs import tiny_config
+from tests.integration.processes import experiment_file
+from tests.tiny import save_tiny_clip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moody:
+    """The picture's mean brightness, or an exception where that is an even number (``always``: anyhow)."""
+
+    always: bool = False
+    name: str = "moody"
+
+    def __call__(self, media: np.ndarray, prompt: Prompt) -> Mapping[str, float]:
+        if self.always or int(media.sum()) % 2 == 0:
+            raise RuntimeError("not in the mood")
+        return {"mood": float(media.mean())}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attributes:
+    """The oracle's share of a prompt's attributes; the tiny prompts' words are read instead of a reference."""
+
+    name: str = "oracle"
+
+    def __call__(self, media: np.ndarray, prompt: Prompt) -> Mapping[str, float]:
+        from testbed.scenes import parse, reference
+
+        scene = Prompt(id=prompt.id, text=prompt.text, reference=reference(parse(prompt.text)))
+        found = ShapesOracle()(media, scene)
+        return {"oracle": found["oracle"], "light": float(media.mean() / 255)}
+
+
+def run(config: RunConfig, folder: Path, *words: str) -> tuple[int, Path]:
+    status = main(["train", experiment_file(config, folder), *words])
+    return status, folder / "runs" / config.name
+
+
+def entries(run_dir: Path) -> Counter[tuple[str, int, str]]:
+    found = read_verdicts(run_dir / FILE_NAME)
+    return Counter((e.verdict.scorer, len(e.verdict.members), e.verdict.status) for e in found)
+
+
+def scored(folder: Path, **changes: Any) -> RunConfig:
+    reward = Pointwise(criteria=("oracle", "light"), weights=(1.0, 1.0))
+    return tiny_config(folder, **({"judge": None, "scorers": (Attributes(),), "reward": reward} | changes))
+
+
+def test_the_oracle_alone_is_a_reward_and_a_resume_repeats_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, run_dir = run(scored(tmp_path, steps=3), tmp_path)
+    rows = read_metrics(run_dir)
+    assert status == 0 and [row["step"] for row in rows] == [0, 1, 2, 3]
+    for row in rows[1:]:
+        assert row["scorer/verdicts"] == 8 and row["scorer/failed"] == 0 and row["reward/masked_share"] == 0
+        assert {"scorer/oracle_mean", "reward/light_std", "perf/score_s", "policy/ratio"} <= row.keys()
+        assert not [key for key in row if key.startswith("judge/")] and None not in row.values()
+        assert row["policy/grad_norm"]
+    assert entries(run_dir) == {("oracle", 1, "ok"): 24}
+    capsys.readouterr()
+    assert main(["status", str(run_dir)]) == 0
+    shown = capsys.readouterr().out
+    for part in ("step 3 of 3", " · score ", "oracle: alive", "rollout-0: alive", "learner: alive", "step_000003"):
+        assert part in shown
+    assert main(["verdicts", str(run_dir), "--limit", "2", "--full"]) == 0
+    assert "0, by oracle" in capsys.readouterr().out
+    status, again = run(scored(tmp_path, steps=2, name="again"), tmp_path)
+    assert status == 0 and main(["train", "--resume", str(again), "steps=3"]) == 0
+    steady = ("reward/", "advantage/", "policy/", "heldout/")
+    for one, other in zip(rows, read_metrics(again), strict=True):
+        assert {k: v for k, v in one.items() if k.startswith(steady)} == {
+            k: v for k, v in other.items() if k.startswith(steady)
+        }
+
+
+def test_a_judge_and_two_scorers_give_one_advantage(tmp_path: Path) -> None:
+    clip = ClipScore(model=save_tiny_clip(tmp_path / "clip"))
+    reward = Several(
+        names=("judge", "oracle", "clip"),
+        rewards=(WinRate(), Pointwise(criteria=("oracle", "light")), Pointwise(criteria=("clip",))),
+    )
+    config = scored(
+        tmp_path,
+        steps=2,
+        judge=tiny_config(tmp_path).judge,
+        scorers=(Attributes(), clip),
+        reward=reward,
+        advantage=Gdpo(parts=reward.names, weights=(0.5, 0.3, 0.2)),
+    )
+    status, run_dir = run(config, tmp_path)
+    assert status == 0
+    for row in read_metrics(run_dir)[1:]:
+        assert row["judge/verdicts"] == 12 and row["scorer/verdicts"] == 16  # 6 pairs and 2 × 4 scores of 2 groups
+        assert row["judge/parse_rate"] == 1 and row["judge/masked_share"] == 0 and row["advantage/masked_share"] == 0
+        assert {"reward/judge/dim_std", "reward/clip_std", "scorer/clip_mean", "advantage/abs_mean"} <= row.keys()
+    assert entries(run_dir) == {("", 2, "ok"): 24, ("oracle", 1, "ok"): 16, ("clip", 1, "ok"): 16}
+
+
+def test_a_scorer_that_raises_masks_its_siblings_and_the_run_goes_on(tmp_path: Path) -> None:
+    reward = Pointwise(criteria=("mood",))
+    status, run_dir = run(scored(tmp_path, steps=3, scorers=(Moody(),), reward=reward), tmp_path)
+    rows = read_metrics(run_dir)[1:]
+    assert status == 0 and len(rows) == 3
+    failed = [row["scorer/problem/RuntimeError"] or 0 for row in rows if "scorer/problem/RuntimeError" in row]
+    assert 0 < sum(failed) < 24
+    for row in rows:
+        assert row["reward/masked_share"] == row["advantage/masked_share"] == row["scorer/masked_share"]
+        assert None not in row.values()
+
+
+def test_scorers_that_always_fail_stop_the_run_in_order(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = scored(tmp_path, steps=9, scorers=(Moody(always=True),), reward=Pointwise(criteria=("mood",)))
+    status, run_dir = run(config, tmp_path)
+    assert status == RESUME_ME
+    rows = read_metrics(run_dir)
+    assert [row["step"] for row in rows] == [0, 1, 2] and rows[1]["policy/skipped_updates"] == 1
+    assert rows[0]["heldout/oracle"] == rows[2]["heldout/oracle"]  # nothing was learnt from nothing
+    out = capfd.readouterr().out
+    assert "the scorer moody failed for every sibling (RuntimeError: not in the mood)" in out
+    assert "no sibling got a reward in 3 steps running" in out and "then resume" in out
+
+
+def test_a_scorer_whose_model_is_not_there_stops_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = scored(tmp_path, scorers=(ClipScore(model="somebody/not-here"),), reward=Pointwise(criteria=("clip",)))
+    status, run_dir = run(config, tmp_path)
+    message = capsys.readouterr().err
+    assert status == 2 and not run_dir.exists()
+    assert "error: the CLIP model 'somebody/not-here' cannot be loaded" in message and "Traceback" not in message
+
+
+def test_a_dry_run_without_a_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(scored(tmp_path), tmp_path, "--dry-run")[0] == 0
+    assert "2 prompts × 4 siblings, scores of oracle; 10 training" in capsys.readouterr().out
+    assert main(["train", experiment_file(scored(tmp_path), tmp_path), "scorers=()", "--dry-run"]) == 2
+    assert "judge is none and scorers is empty" in capsys.readouterr().err

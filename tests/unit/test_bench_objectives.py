@@ -1,0 +1,82 @@
+"""The objectives' benchmark: its configurations can run, its judge is the oracle judge, its table says what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import objectives as bench
+from testbed.oracle import Score
+from testbed.oracle_judge import Judging, OracleJudge
+
+
+@pytest.mark.parametrize("name", bench.CONFIGURATIONS)
+def test_every_configuration_is_valid(name: str) -> None:
+    config = bench.configuration(name, 3, ["optimizer.lr=1e-5"])
+    assert config.seed == 3 and config.optimizer.lr == 1e-5
+    assert config.objective.needs_noise <= config.sampling.dynamics.stochastic
+
+
+def score(alignment: float, quality: float, composition: float) -> Score:
+    held = {str(i): i < round(alignment * 50) for i in range(50)}
+    return Score(attributes=held, quality=quality, composition=composition, legible=True)
+
+
+def test_the_judge_in_process_rules_as_the_judge_over_http() -> None:
+    import random
+
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        one, two = (score(*rng.integers(0, 3, 3) / 2) for _ in range(2))
+        verdict = bench.compare((0, 1), one, two, toss=1)
+        theirs = Judging(OracleJudge())._winners(one, two, random.Random(0))
+        if one == two:
+            continue
+        if bench.compare((0, 1), one, two, toss=0) == verdict:  # no coin was tossed
+            ours = [verdict.dimensions[k] for k in ("alignment", "quality", "aesthetics")]
+            assert (*ours, verdict.winner) == theirs
+
+
+def result(name: str, seed: int, scores: list[float], diversity: list[float]) -> dict[str, Any]:
+    curve = [
+        {"step": 10 * i, "seconds": 30.0 * i, "forwards": 5000 * i, "oracle": value} for i, value in enumerate(scores)
+    ]
+    return {"name": name, "seed": seed, "settings": {}, "curve": curve,
+            "steps": [{"policy/diversity_pixel": d} for d in diversity]}  # fmt: skip
+
+
+def test_summary_by_hand() -> None:
+    row = bench.summary(result("a", 0, [0.4, 0.5, 0.6, 0.58], [0.2, 0.2, 0.2, 0.1, 0.1, 0.1]))
+    assert row == pytest.approx(
+        {"oracle": 0.58, "gain": 0.18, "best": 0.6, "steps": 30, "goal_steps": 20, "goal_seconds": 60,
+         "forwards": 15000, "diversity": 0.5}
+    )  # fmt: skip
+
+
+def test_table_and_plot(tmp_path: Path) -> None:
+    runs = [result("slow", 0, [0.4, 0.41], [1]), result("fast", 0, [0.4, 0.6], [1]), result("fast", 1, [0.4, 0.5], [1])]
+    for one in runs:
+        bench.write(tmp_path / f"{one['name']}-s{one['seed']}.json", one)
+    found = bench.results(tmp_path)
+    assert list(found) == ["fast", "slow"]
+    fast, slow = bench.table(found).splitlines()[2:]
+    assert fast.startswith("| fast | 2 | 0.550 (0.500–0.600) | +0.150 | 0.550 | 10 | 10 (1/2) | 30 (1/2) | 5 | 1.00 |")
+    assert "– (0/1)" in slow
+    bench.plot(found, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_what_was_measured_otherwise_is_not_mixed_in(tmp_path: Path) -> None:
+    settings = bench.Settings(seconds=1, every=1, steps=1, clock="wall", overrides=("optimizer.lr=1.0",), recipe="a")
+    path = tmp_path / "a-s0.json"
+    path.write_text(json.dumps({"settings": bench.asdict(settings)}))
+    assert bench._same(path, settings)
+    with pytest.raises(ValueError, match="with other settings"):
+        bench._same(path, bench.replace(settings, seconds=2))
+    with pytest.raises(ValueError, match="with other settings"):
+        bench._same(path, bench.replace(settings, recipe="b"))
+    assert len(bench.recipe()) == 12

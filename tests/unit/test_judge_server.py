@@ -1,0 +1,94 @@
+"""The judge that a run started itself: noticed when it has ended, started again, a limited number of times."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from grpo_flex.judge_server import JudgeAway, JudgeServer
+from testbed.oracle_judge import OracleJudge
+
+
+@dataclass
+class Handle:
+    endpoints: tuple[str, ...]
+    running: bool = True
+
+    def alive(self) -> bool:
+        return self.running
+
+    def stop(self) -> None:
+        self.running = False
+
+
+@dataclass(frozen=True)
+class Server:
+    """Comes up as often as ``ups`` says, at its own port or at the next one it likes."""
+
+    ups: list[bool]
+    port: int = 0
+    faithful: bool = True
+    handles: list[Handle] = field(default_factory=list)
+
+    def start(self, log_dir: Path) -> Handle:
+        if not self.ups.pop(0):
+            raise ValueError("port taken")
+        port = self.port if self.port and self.faithful else 8000 + len(self.handles)
+        self.handles.append(Handle((f"http://127.0.0.1:{port}/v1",)))
+        return self.handles[-1]
+
+
+def test_started_again_at_the_same_port_and_stopped_at_the_end(tmp_path: Path) -> None:
+    server = Server([True, False, True])
+    with JudgeServer(server, tmp_path, restarts=3) as judge:
+        assert judge.endpoints == ("http://127.0.0.1:8000/v1",) and not judge.ended
+        server.handles[0].running = False
+        assert judge.ended and judge.start_again() == "port taken"
+        assert judge.ended and judge.start_again() == ""
+        assert not judge.ended and server.handles[1].endpoints == judge.endpoints
+    assert not server.handles[1].running
+
+
+def test_restarts_are_limited_and_the_message_says_where_to_look(tmp_path: Path) -> None:
+    with JudgeServer(Server([True, True]), tmp_path, restarts=1) as judge:
+        judge.start_again()
+        with pytest.raises(JudgeAway, match=r"after 1 restarts \(judge\.restarts=1\).*resume") as error:
+            judge.start_again()
+    assert str(tmp_path) in str(error.value)
+
+
+def test_a_judge_that_comes_up_elsewhere_is_no_judge(tmp_path: Path) -> None:
+    server = Server([True, True], faithful=False)
+    with (
+        JudgeServer(server, tmp_path, restarts=1) as judge,
+        pytest.raises(JudgeAway, match=r"give judge\.server a fixed"),
+    ):
+        judge.start_again()
+    assert not server.handles[1].running
+
+
+def test_a_handle_that_cannot_tell_is_taken_to_live(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Mute:
+        endpoints: tuple[str, ...] = ("http://127.0.0.1:1/v1",)
+
+        def start(self, log_dir: Path) -> Mute:
+            return self
+
+        def stop(self) -> None: ...
+
+    assert not JudgeServer(Mute(), tmp_path, restarts=1).ended
+
+
+def test_the_oracle_judge_comes_back_after_a_kill(tmp_path: Path) -> None:
+    with JudgeServer(OracleJudge(), tmp_path, restarts=1) as judge:
+        os.kill(judge._handle.pid, signal.SIGKILL)
+        until = time.monotonic() + 10
+        while not judge.ended and time.monotonic() < until:
+            time.sleep(0.02)
+        assert judge.ended and judge.start_again() == "" and not judge.ended
