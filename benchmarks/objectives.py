@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from grpo_flex.types import Prompt, RolloutGroup
     from testbed.oracle import Score
 
-EXPERIMENT = "experiments/shapes_image.py"
+EXPERIMENT = "experiments/shapes_image_flow_grpo.py"
 GOAL = 0.15
 """The gain in held-out score whose cost the table tells."""
 ENDS = 3

@@ -28,8 +28,11 @@ def test_every_recipe_is_valid_and_survives_json_and_pickle(path: Path) -> None:
     assert pickle.loads(pickle.dumps(config)) == config
 
 
+RECIPE = "experiments/shapes_image_flow_grpo.py"
+
+
 def test_overrides_are_typed() -> None:
-    config = load_experiment("experiments/shapes_image.py")
+    config = load_experiment(RECIPE)
     changed = override(
         config,
         [
@@ -65,7 +68,7 @@ def test_overrides_are_typed() -> None:
 )
 def test_bad_overrides_say_what_is_wrong(assignment: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        override(load_experiment("experiments/shapes_image.py"), [assignment])
+        override(load_experiment(RECIPE), [assignment])
     assert message in str(error.value)
 
 
@@ -75,9 +78,7 @@ def _flux(config: RunConfig) -> Flux:
 
 
 def test_an_optional_part_can_be_switched_off() -> None:
-    changed = override(
-        load_experiment("experiments/shapes_image.py"), ["judge.server=none", "judge.endpoints=http://h:1/v1"]
-    )
+    changed = override(load_experiment(RECIPE), ["judge.server=none", "judge.endpoints=http://h:1/v1"])
     assert judge_of(changed).server is None and judge_of(changed).endpoints == ("http://h:1/v1",)
     changed.validate()
     with pytest.raises(ConfigError, match="'objective' is a Grpo object"):
