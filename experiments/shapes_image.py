@@ -19,7 +19,7 @@ from testbed.oracle_judge import OracleJudge
 def config() -> RunConfig:
     return RunConfig(
         name="shapes_image",
-        steps=90,
+        steps=70,
         generator=Flux(model="testbed/tiny_flux", height=64, width=64, shift=3.0, max_sequence_length=16),
         prompts=Prompts(
             train="testbed/prompts/shapes_train.jsonl", heldout="testbed/prompts/shapes_heldout.jsonl", per_step=8
@@ -33,6 +33,6 @@ def config() -> RunConfig:
         objective=Nft(),
         adapter=Adapter(rank=16, alpha=32),
         optimizer=Optimizer(lr=1e-3, lr_end=0.1, updates_per_rollout=2, ema=0.9),
-        evaluation=Evaluation(every=15, scorer=ShapesOracle(), samples_per_prompt=2),
+        evaluation=Evaluation(every=10, scorer=ShapesOracle(), samples_per_prompt=2),
         checkpoint=Checkpoint(every=10),
     )
