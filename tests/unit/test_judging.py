@@ -144,7 +144,7 @@ def config(*urls: str, **changes: Any) -> Judge:
         family=Flex(),
         pairs=RoundRobin(orders="both"),
         endpoints=urls,
-        timeout_s=0.3,
+        timeout_s=3.0,
         backoff_s=0.01,
         probe_s=0.05,
         patience_s=0.2,
