@@ -59,7 +59,8 @@ def train(config: RunConfig, resume: Path | None = None) -> int:
     if done >= config.steps:
         raise ConfigError(f"{resume} has completed its {done} steps; to go on, give a larger number: steps={2 * done}")
     # Until the loop has its own handler, a SIGTERM unwinds like a Ctrl-C and leaves nothing half made.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a background job of a shell is started deaf to it
+        signal.signal(number, signal.default_int_handler)
     with ExitStack() as stack:
         run_dir = resume or stack.enter_context(_fresh_run_dir(config))
         _say(f"{'resuming' if resume else 'starting'} {run_dir}: judge, rollout workers and learner …")

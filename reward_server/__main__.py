@@ -128,7 +128,8 @@ def _serve(arguments: argparse.Namespace, extra: list[str]) -> int:
         return 0
     log_dir = Path(arguments.log_dir or tempfile.mkdtemp(prefix="grpo-flex-judge-"))
     _note(f"starting {judge.model or judge.settings().model}; vLLM's output goes to {log_dir}/judge_*.log")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # either signal stops in order
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a background job of a shell is started deaf to it
+        signal.signal(number, signal.default_int_handler)
     start = time.monotonic()
     hosted = _host(judge, log_dir)
     try:

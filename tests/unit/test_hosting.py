@@ -274,6 +274,7 @@ def test_serve_prints_the_endpoint_and_stops_in_order(tmp_path: Path, number: si
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as shells start their background jobs
     )
     assert process.stdout is not None
     url = process.stdout.readline().strip()
