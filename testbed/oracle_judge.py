@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
 MODEL = "UnifiedReward"
 CACHED_SCORES = 20_000
-NEAR = 0.02  # alignment differences below this are left to quality and composition
+NEAR = 0.02  # smaller differences of one measure are none
+LOOKS = 0.05  # nor are smaller ones of quality and composition together; who is to win then is a coin toss
 START_S = 60.0
 
 
@@ -196,14 +197,19 @@ class Judging:
 
 
 def merit(one: Score, two: Score) -> tuple[float, float]:
-    """What decides overall: alignment, or quality and composition where alignment is as good as equal."""
+    """What decides overall: alignment, or quality and composition where alignment is as good as equal.
+
+    Equal numbers where those are as good as equal, too: a judge that ranks what nobody can tell apart hands
+    group-relative advantages a signal that is none.
+    """
     if abs(one.alignment - two.alignment) >= NEAR:
         return one.alignment, two.alignment
-    return one.quality + one.composition, two.quality + two.composition
+    looks = one.quality + one.composition, two.quality + two.composition
+    return looks if abs(looks[0] - looks[1]) >= LOOKS else (0.0, 0.0)
 
 
 def _better(one: float, two: float, toss: int) -> int:
-    return toss if one == two else int(two > one)
+    return toss if abs(one - two) < NEAR else int(two > one)
 
 
 def hash_of(url: str) -> bytes:
