@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -313,16 +314,31 @@ def _plain_errors() -> Iterator[None]:
         raise
 
 
+def _listens(address: str, timeout_s: float = 5.0) -> bool:
+    """Whether something accepts connections there; True for addresses without a port ("auto"), which Ray resolves."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return True
+    try:
+        with socket.create_connection((host.strip("[]") or "127.0.0.1", int(port)), timeout_s):
+            return True
+    except OSError:
+        return False
+
+
 def connect(config: RunConfig) -> bool:
     """Join the announced Ray cluster, or start a local one; True if it is ours to shut down."""
     address = config.placement.ray_address or os.environ.get("RAY_ADDRESS", "")
     if address:
+        nobody = ConfigError(
+            f"no Ray cluster answers at '{address}' (placement.ray_address or RAY_ADDRESS); start one with `ray start --head`, or leave both empty for a local one"
+        )
+        if not _listens(address):  # Ray itself goes on trying for minutes
+            raise nobody
         try:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
         except ConnectionError as error:
-            raise ConfigError(
-                f"no Ray cluster answers at '{address}' (placement.ray_address or RAY_ADDRESS); start one with `ray start --head`, or leave both empty for a local one"
-            ) from error
+            raise nobody from error
         return False
     place = config.placement
     needed = place.rollout_workers * place.rollout_cpus + place.learner_cpus + len(config.scorers) * place.scorer_cpus

@@ -180,3 +180,9 @@ def test_a_model_with_a_damaged_part(tmp_path: Path, capsys: pytest.CaptureFixtu
     (weights,) = (tmp_path / "tiny_flux" / "vae").glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:100])
     assert "cannot be loaded as a FluxPipeline" in refused(config, tmp_path, capsys)
+
+
+def test_a_ray_cluster_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config(tmp_path)
+    message = refused(replace(config, placement=replace(config.placement, ray_address="127.0.0.1:1")), tmp_path, capsys)
+    assert "no Ray cluster answers at '127.0.0.1:1'" in message and "placement.ray_address" in message
