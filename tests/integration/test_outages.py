@@ -66,7 +66,9 @@ def test_an_external_judge_that_is_killed_and_comes_back_costs_no_step(tmp_path:
     assert total(run_dir, "judge/breaker_openings") >= 1 and total(run_dir, "judge/retries") >= 1
     assert total(run_dir, "judge/asked_again") >= 1 and total(run_dir, "judge/away_s") >= 1
     assert total(run_dir, "judge/restarts") == 0
-    assert "waiting for the judge" in out and "no judge reachable" in out
+    assert "waiting for the judge" in out
+    # Which of these is commonest depends on what the kill met: a question under way, a retry, or a closed door.
+    assert any(f"(mostly: {p})" in out for p in ("no judge reachable", "cannot connect", "connection dropped"))
     assert checkpoint.load(run_dir)[0] == STEPS
 
 
