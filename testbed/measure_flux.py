@@ -24,8 +24,9 @@ from PIL import Image, ImageDraw
 from testbed import scenes as world
 from testbed.oracle import Score, score
 from testbed.render import render_many
-from testbed.train_flux import BUILD, OUTPUT, TOKENS, FluxConfig
-from testbed.train_vae import VaeConfig, to_tensor, to_uint8, training_scenes
+from testbed.train_flux import FLOW, OUTPUT, TOKENS, FluxConfig
+from testbed.train_vae import AUTOENCODER, VaeConfig, to_tensor, to_uint8, training_scenes
+from testbed.training import seconds_spent, stage_row
 
 STEPS = 10
 SAMPLES = 4
@@ -146,12 +147,6 @@ def grid(pipeline: FluxPipeline, path: Path, *, prompts: int = 12, zoom: int = 2
     sheet.save(path, optimize=True)
 
 
-def training_seconds() -> dict[str, float]:
-    """Wall-clock seconds of each finished stage."""
-    states = {name: BUILD / f"{name}.pt" for name in ("vae", "flow")}
-    return {n: torch.load(p, weights_only=False)["seconds"] for n, p in states.items() if p.exists()}
-
-
 def write_card(folder: Path = OUTPUT) -> None:
     """Measures the pipeline in `folder` and writes its README.md, measured.json and samples.png."""
     torch.set_num_threads(FluxConfig().threads)
@@ -163,7 +158,7 @@ def write_card(folder: Path = OUTPUT) -> None:
         "oracle": measure_oracle(pipeline.vae),
         "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in _parts(pipeline).items()},
         "weight_bytes": weights,
-        "seconds": training_seconds(),
+        "seconds": seconds_spent(AUTOENCODER, FLOW),
     }
     (folder / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
     grid(pipeline, folder / "samples.png")
@@ -180,17 +175,12 @@ def _row(name: str, result: dict[str, Any]) -> str:
     return f"| {name} | {result['images']} | " + " | ".join(cells) + " |"
 
 
-def _stage(name: str, config: FluxConfig | VaeConfig, seconds: float) -> str:
-    cells = (name, config.seed, config.steps, config.batch, config.peak_lr, f"{seconds / 60:.1f}")
-    return "| " + " | ".join(map(str, cells)) + " |"
-
-
 def card(measured: dict[str, Any]) -> str:
     """The model card as Markdown, from measured numbers and the configurations that were used."""
     flow, vae, base, oracle = FluxConfig(), VaeConfig(), measured["base"], measured["oracle"]
     stages = [
-        _stage(f"autoencoder (L1 + 2 MSE + {vae.kl:g} KL)", vae, measured["seconds"].get("vae", 0.0)),
-        _stage("flow: transformer, text encoders", flow, measured["seconds"].get("flow", 0.0)),
+        stage_row(f"autoencoder (L1 + 2 MSE + {vae.kl:g} KL)", vae, measured["seconds"].get("vae", 0.0)),
+        stage_row("flow: transformer, text encoders", flow, measured["seconds"].get("flow", 0.0)),
     ]
     rows = [
         _row("held-out prompts", base["all"]),
@@ -270,7 +260,7 @@ held-out prompt was trained on (neither by the autoencoder nor by the flow).
 The flow saw {flow.images:,} encoded scenes. Each attribute of a caption was wrong with a
 probability that rose linearly from 0 to {flow.wrong:g} over the first {flow.rise:g} of the steps and then stayed (the
 number of objects: to {flow.wrong_count:g}). The weights are an exponential
-average ({flow.ema:g}). Training is bfloat16 autocast, so a rebuild gives like, not identical, weights.
+average ({flow.course.ema:g}). Training is bfloat16 autocast, so a rebuild gives like, not identical, weights.
 
 The autoencoder in this folder was trained on scenes whose objects stood anywhere, before the world got its few places;
 a rebuild trains it on those. The minutes include other work on the same two cores.

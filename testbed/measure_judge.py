@@ -28,7 +28,7 @@ from testbed.judge_data import SIBLINGS, Bank, Draw, Pair, draw_renders, heldout
 from testbed.judge_model import CELLS, GRID, MERGE, new_tokenizer, patches, request_ids
 from testbed.judge_trace import winner_of
 from testbed.train_judge import OUTPUT, STAGES, JudgeConfig, flux_draw
-from testbed.train_vae import BUILD
+from testbed.training import BUILD, seconds_spent
 
 SEED = 91
 CLEAR = 0.1
@@ -163,14 +163,8 @@ def measure(folder: Path = OUTPUT) -> dict[str, Any]:
         print(f"{kind}: {time.time() - start:.0f} s", flush=True)
     found["parameters"] = sum(p.numel() for p in model.parameters())
     found["weight_bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    found["seconds"] = training_seconds()
+    found["seconds"] = seconds_spent(*(JudgeConfig().build / f"{stage.name}.pt" for stage in STAGES))
     return found
-
-
-def training_seconds() -> dict[str, float]:
-    """Wall-clock seconds of each stage so far."""
-    states = {stage.name: JudgeConfig().build / f"{stage.name}.pt" for stage in STAGES}
-    return {name: torch.load(p, weights_only=False)["seconds"] for name, p in states.items() if p.exists()}
 
 
 # ---------------------------------------------------------------- the card

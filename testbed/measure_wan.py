@@ -22,8 +22,9 @@ from PIL import Image, ImageDraw
 
 from testbed.clips import FRAMES, SIDE, render_clips
 from testbed.scenes import load_prompts
-from testbed.train_wan import OUTPUT, SETTLE, STAGES, TOKENS, WanConfig
-from testbed.train_wan_vae import BUILD, WanVaeConfig, reconstruct
+from testbed.train_wan import FLOW, OUTPUT, TOKENS, WanConfig
+from testbed.train_wan_vae import AUTOENCODER, WanVaeConfig, reconstruct
+from testbed.training import seconds_spent, stage_row
 from testbed.video_oracle import CHECK_CLIPS, CHECK_SEED, check_clips, score, score_clips, summary
 
 STEPS = 10
@@ -106,12 +107,6 @@ def sheet(pipeline: WanPipeline, path: Path, *, prompts: int = 12, zoom: int = 2
     page.save(path, optimize=True)
 
 
-def training_seconds() -> dict[str, float]:
-    """Wall-clock seconds of each finished stage."""
-    states = {name: BUILD / f"{name}.pt" for name in ("wan_vae", *STAGES)}
-    return {n: torch.load(p, weights_only=False)["seconds"] for n, p in states.items() if p.exists()}
-
-
 def write_card(folder: Path = OUTPUT) -> None:
     """Measures the pipeline in `folder` and writes its README.md, measured.json and samples.png."""
     torch.set_num_threads(WanConfig().threads)
@@ -123,7 +118,7 @@ def write_card(folder: Path = OUTPUT) -> None:
         "oracle": measure_oracle(pipeline.vae),
         "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()},
         "weight_bytes": sum(path.stat().st_size for path in folder.rglob("*.safetensors")),
-        "seconds": training_seconds(),
+        "seconds": seconds_spent(AUTOENCODER, FLOW),
     }
     (folder / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
     sheet(pipeline, folder / "samples.png")
@@ -138,18 +133,13 @@ def _row(name: str, result: dict[str, Any]) -> str:
     return f"| {name} | {result['clips']} | " + " | ".join(f"{result[key]:.3f}" for key in _COLUMNS) + " |"
 
 
-def _stage(name: str, config: WanConfig | WanVaeConfig, seconds: float) -> str:
-    cells = (name, config.seed, config.steps, config.batch, config.peak_lr, f"{seconds / 60:.1f}")
-    return "| " + " | ".join(map(str, cells)) + " |"
-
-
 def card(measured: dict[str, Any]) -> str:
     """The model card as Markdown, from measured numbers and the configurations that were used."""
     vae, base, oracle = WanVaeConfig(), measured["base"], measured["oracle"]
-    stages = [_stage(f"autoencoder (L1 + 2 MSE + {vae.kl:g} KL)", vae, measured["seconds"].get("wan_vae", 0.0))]
-    stages += [
-        _stage(f"{name}: transformer, text encoder", c, measured["seconds"].get(name, 0.0))
-        for name, c in STAGES.items()
+    seconds = measured["seconds"]
+    stages = [
+        stage_row(f"autoencoder (L1 + 2 MSE + {vae.kl:g} KL)", vae, seconds.get("wan_vae", 0.0)),
+        stage_row("flow: transformer, text encoder", WanConfig(), seconds.get("wan_flow", 0.0)),
     ]
     rows = [
         _row("held-out prompts", base["all"]),
@@ -166,7 +156,6 @@ def card(measured: dict[str, Any]) -> str:
     ]
     return _CARD.format(
         flow=WanConfig(),
-        settle=SETTLE,
         rows="\n".join(rows),
         kinds="\n".join(kinds),
         columns=" | ".join(_COLUMNS),
@@ -236,8 +225,7 @@ triangles occur in no training clip and no training caption, and nothing that a 
 
 The flow saw {flow.clips:,} encoded clips. Each attribute of a caption was wrong with a probability that rose linearly
 from 0 to {flow.wrong:g} over the first {flow.rise:g} of the steps and then stayed (the number of objects: to
-{flow.wrong_count:g}); while settling it was {settle.wrong:g} throughout (number: {settle.wrong_count:g}). The weights are
-an exponential average ({flow.ema:g}). Training is bfloat16 autocast, so a rebuild gives like, not identical, weights.
+{flow.wrong_count:g}). The weights are an exponential average ({flow.course.ema:g}). Training is bfloat16 autocast, so a rebuild gives like, not identical, weights.
 The minutes include other work on the same two cores.
 
 Rebuild with `python -m testbed.train_wan`; measure again with `python -m testbed.measure_wan --card`. Progress is kept

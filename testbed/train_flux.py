@@ -13,9 +13,6 @@ leaves reinforcement learning something to improve.
 from __future__ import annotations
 
 import argparse
-import copy
-import shutil
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,10 +33,13 @@ from transformers import (
 from testbed import scenes as world
 from testbed.render import render_many
 from testbed.scenes import Description, Thing
-from testbed.train_vae import BUILD, VaeConfig, load_state, save_state, to_tensor, train_vae, training_scenes
+from testbed.train_vae import VaeConfig, to_tensor, train_vae, training_scenes
+from testbed.training import BUILD, Course, flow_loss, present_average, save_pipeline, train, word_tokenizer
 
 OUTPUT = Path(__file__).parent / "tiny_flux"
 TOKENS = 16  # every caption has at most 12 words and so at most 14 tokens
+FLOW = BUILD / "flow.pt"
+COURSE = Course(steps=3600, peak_lr=2e-3, ema=0.997)
 LONG_TOKENS = 32  # also trained, so that a caller may leave more room for text
 WIDTH, POOLED = 128, 64
 
@@ -55,16 +55,13 @@ class FluxConfig:
     seed: int = 23
     threads: int = 2
     images: int = 40_000
-    steps: int = 3600
+    course: Course = COURSE
     batch: int = 128
-    peak_lr: float = 2e-3
     wrong: float = 0.35
     wrong_count: float = 0.05
     rise: float = 0.7
     shift: float = 2.0
-    ema: float = 0.997
     long_fraction: float = 0.1
-    checkpoint_every: int = 250
 
 
 class Flow(nn.Module):
@@ -140,6 +137,10 @@ def new_t5() -> T5EncoderModel:
     return T5EncoderModel(config)
 
 
+def new_t5_tokenizer() -> T5Tokenizer:
+    return word_tokenizer(world.WORDS, TOKENS)
+
+
 def new_clip_tokenizer() -> CLIPTokenizer:
     """A stock CLIP tokenizer: each word of the world is one token, other words fall into letters."""
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
@@ -155,13 +156,6 @@ def new_clip_tokenizer() -> CLIPTokenizer:
             pieces.append(tail)
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS)
-
-
-def new_t5_tokenizer() -> T5Tokenizer:
-    """A stock T5 tokenizer (unigram): each word of the world is one token, other text is unknown."""
-    pieces = ["<pad>", "</s>", "<unk>", *(f"\u2581{word}" for word in dict.fromkeys(world.WORDS)), "\u2581"]
-    scores = [(piece, 0.0 if i < 3 else -2.0) for i, piece in enumerate(pieces)]
-    return T5Tokenizer(vocab=scores, extra_ids=0, model_max_length=TOKENS)
 
 
 def image_ids() -> torch.Tensor:
@@ -249,7 +243,7 @@ class Captions:
         self, rng: np.random.Generator, truths: list[Description], step: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """CLIP ids [n, 16] and T5 ids [n, 16 or 32], with the wrongness of a training step."""
-        share = min(1.0, step / (self.config.rise * self.config.steps))
+        share = min(1.0, step / (self.config.rise * self.config.course.steps))
         now = replace(self.config, wrong=share * self.config.wrong, wrong_count=share * self.config.wrong_count)
         told = [misdescribe(rng, truth, now) for truth in truths]
         texts = [world.caption(d, background_first=bool(rng.random() < 0.5)) for d in told]
@@ -262,55 +256,21 @@ def tokenize(tokenizer: CLIPTokenizer | T5Tokenizer, texts: list[str], length: i
     return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
-def flow_loss(flow: Flow, latents: torch.Tensor, ids: tuple[torch.Tensor, torch.Tensor], shift: float) -> torch.Tensor:
-    """Mean squared error of the velocity at noise levels that lean towards the sampler's shifted ones."""
-    noise = torch.randn_like(latents)
-    sigma = torch.sigmoid(1.2 * torch.randn(len(latents)))
-    sigma = shift * sigma / (1 + (shift - 1) * sigma)
-    mixed = torch.lerp(latents, noise, sigma[:, None, None])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        velocity = flow(mixed, sigma, *ids)
-    return (velocity.float() - (noise - latents)).square().mean()
-
-
 def train_flow(data: FlowData, config: FluxConfig) -> Flow:
     """Trains, or resumes, the flow of `.build/flow.pt`; returns the average of its weights."""
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    flow = Flow()
-    average = copy.deepcopy(flow).requires_grad_(False)
-    optimizer = torch.optim.AdamW(flow.parameters(), config.peak_lr, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.peak_lr, config.steps, pct_start=0.08, final_div_factor=50
-    )
-    path, captions = BUILD / "flow.pt", Captions(config)
-    first, spent = load_state(path, flow, average, optimizer, schedule)
-    start, recent = time.time() - spent, 0.0
-    for step in range(first, config.steps):
+    flow, captions = Flow(), Captions(config)
+
+    def loss_of(step: int) -> torch.Tensor:
         rng = np.random.default_rng((config.seed, step))
         picked = rng.integers(len(data.truths), size=config.batch)
         ids = captions(rng, [data.truths[i] for i in picked], step)
         # For so few tokens the fused attention of the CPU is several times slower than the plain one.
         with sdpa_kernel(SDPBackend.MATH):
-            loss = flow_loss(flow, data.latents[picked], ids, config.shift)
-            optimizer.zero_grad()
-            loss.backward()
-        nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        follow(average, flow, min(config.ema, (step + 1) / (step + 10)))
-        recent = loss.item() if not recent else 0.98 * recent + 0.02 * loss.item()
-        if (step + 1) % 50 == 0:
-            print(f"flow {step + 1}/{config.steps} loss {recent:.4f} {time.time() - start:.0f} s", flush=True)
-        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-            save_state(path, step + 1, time.time() - start, flow, average, optimizer, schedule)
-    return average
+            return flow_loss(lambda x, sigma: flow(x, sigma, *ids), data.latents[picked], config.shift)
 
-
-@torch.no_grad()
-def follow(average: nn.Module, module: nn.Module, decay: float) -> None:
-    """Moves the average's parameters towards the module's, in place."""
-    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
+    return train(FLOW, flow, loss_of, config.course)
 
 
 def as_pipeline(flow: Flow, vae: AutoencoderKL) -> FluxPipeline:
@@ -326,26 +286,6 @@ def as_pipeline(flow: Flow, vae: AutoencoderKL) -> FluxPipeline:
     )
 
 
-def export(flow: Flow, vae: AutoencoderKL, folder: Path = OUTPUT) -> None:
-    """Saves the pipeline in half precision, replacing the weights in `folder` but not its other files."""
-    scratch = folder.with_name(folder.name + ".new")
-    shutil.rmtree(scratch, ignore_errors=True)
-    as_pipeline(copy.deepcopy(flow), copy.deepcopy(vae)).to(torch.float16).save_pretrained(scratch)
-    folder.mkdir(exist_ok=True)
-    for part in scratch.iterdir():
-        old = folder / part.name
-        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-        part.rename(old)
-    scratch.rmdir()
-
-
-def saved_flow() -> Flow:
-    """The present average of the flow in training. Raises FileNotFoundError before its first checkpoint."""
-    flow = Flow()
-    flow.load_state_dict(torch.load(BUILD / "flow.pt", weights_only=False)["parts"][1])
-    return flow.eval()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--export", action="store_true", help="save the present average and stop")
@@ -353,11 +293,11 @@ def main() -> None:
     options = parser.parse_args()
     vae = train_vae(VaeConfig())
     if options.export:
-        export(saved_flow(), vae, options.output)
+        save_pipeline(as_pipeline(present_average(FLOW, Flow()), vae), options.output)
         return
     config = FluxConfig()
     flow = train_flow(encode_scenes(vae, config), config)
-    export(flow.eval(), vae, options.output)
+    save_pipeline(as_pipeline(flow.eval(), vae), options.output)
     from testbed.measure_flux import write_card
 
     write_card(options.output)

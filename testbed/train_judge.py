@@ -8,7 +8,6 @@ to compare two in the Flex format, with the oracle as the teacher. Everything re
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,10 +19,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Qwen3VLForConditionalGeneration
 
-from testbed import judge_trace
+from testbed import judge_trace, training
 from testbed.judge_data import Draw, Material, draw_renders, load_bank, training_texts
 from testbed.judge_model import new_model, patches, reply_ids, reply_logits, request_ids, save, token_ids
-from testbed.train_vae import BUILD, load_state, save_state
+from testbed.training import BUILD, Course
 
 OUTPUT = Path(__file__).parent / "tiny_judge"
 
@@ -36,7 +35,6 @@ class JudgeConfig:
     build: Path = BUILD
     sampled_prompts: int = 5000
     rendered_prompts: int = 5000
-    checkpoint_every: int = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,10 +136,9 @@ class Progress:
         self.values: dict[str, float] = {}
         self._winners = torch.tensor([token_ids()[piece] for piece in judge_trace.overall_winners()])
 
-    def add(self, loss: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> None:
+    def add(self, logits: torch.Tensor, targets: torch.Tensor) -> None:
         right = (logits.argmax(-1) == targets).float()
         decisive = torch.isin(targets, self._winners)
-        self._follow("loss", loss.item())
         self._follow("tokens right", right.mean().item())
         if decisive.any():
             self._follow("winner right", right[decisive].mean().item())
@@ -157,31 +154,16 @@ def train(
     model: Qwen3VLForConditionalGeneration, stage: Stage, config: JudgeConfig, stop_at: int | None = None
 ) -> None:
     """Trains, or resumes, a stage in place; its state is `<build>/<stage>.pt`."""
-    optimizer = torch.optim.AdamW(model.parameters(), stage.peak_lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, stage.peak_lr, stage.steps, pct_start=0.08, final_div_factor=50
-    )
-    path, progress = config.build / f"{stage.name}.pt", Progress()
-    first, spent = load_state(path, model, optimizer, schedule)
-    last = min(stage.steps, stop_at or stage.steps)
-    if first >= last:
-        return
-    config.build.mkdir(parents=True, exist_ok=True)
-    drawn, start = material(config), time.time() - spent
-    for step in range(first, last):
+    drawn, progress = material(config), Progress()
+
+    def loss_of(step: int) -> torch.Tensor:
         batch = make_batch(stage, drawn, step)
         logits = logits_of(model, batch)
-        loss = nn.functional.cross_entropy(logits, batch.targets)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        progress.add(loss.detach(), logits.detach(), batch.targets)
-        if (step + 1) % 25 == 0:
-            print(f"{stage.name} {step + 1}/{stage.steps} {progress} {time.time() - start:.0f} s", flush=True)
-        if (step + 1) % config.checkpoint_every == 0 or step + 1 == last:
-            save_state(path, step + 1, time.time() - start, model, optimizer, schedule)
+        progress.add(logits.detach(), batch.targets)
+        return nn.functional.cross_entropy(logits, batch.targets)
+
+    course = Course(steps=stage.steps, peak_lr=stage.peak_lr, weight_decay=0.05)
+    training.train(config.build / f"{stage.name}.pt", model, loss_of, course, stop_at, progress.__str__)
 
 
 def train_all(config: JudgeConfig) -> None:

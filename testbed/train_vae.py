@@ -7,10 +7,7 @@
 # diffusers and transformers annotate configurations by their defaults and results by their tuple form.
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +15,10 @@ from diffusers import AutoencoderKL
 
 from testbed.render import render_many
 from testbed.scenes import Scene, canonical, heldout_descriptions, sample_description, sample_scene
+from testbed.training import BUILD, Course, train
 
-BUILD = Path(__file__).parent / ".build"
+AUTOENCODER = BUILD / "vae.pt"
+COURSE = Course(steps=3000, peak_lr=2e-3, warm_up=0.1, fall=100, betas=(0.9, 0.999), weight_decay=1e-4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +27,10 @@ class VaeConfig:
 
     seed: int = 11
     threads: int = 2
-    steps: int = 3000
+    course: Course = COURSE
     batch: int = 32
-    peak_lr: float = 2e-3
     kl: float = 5e-4
     foreground: float = 2.0
-    checkpoint_every: int = 250
     statistics_images: int = 4096
 
 
@@ -88,52 +85,17 @@ def vae_loss(vae: AutoencoderKL, images: torch.Tensor, config: VaeConfig) -> tor
     return (weight * (error.abs() + 2 * error**2)).mean() + config.kl * posterior.kl().mean() / 512
 
 
-def load_state(path: Path, *parts: Any) -> tuple[int, float]:
-    """Restores `parts` from a checkpoint, if there is one; finished steps and seconds spent on them."""
-    if not path.exists():
-        return 0, 0.0
-    state = torch.load(path, weights_only=False)
-    for part, saved in zip(parts, state["parts"], strict=True):
-        part.load_state_dict(saved)
-    return int(state["step"]), float(state["seconds"])
-
-
-def save_state(path: Path, step: int, seconds: float, *parts: Any) -> None:
-    """Writes a checkpoint so that a crash never leaves half of one."""
-    scratch = path.with_suffix(".tmp")
-    torch.save({"step": step, "seconds": seconds, "parts": [part.state_dict() for part in parts]}, scratch)
-    scratch.replace(path)
-
-
 def train_vae(config: VaeConfig) -> AutoencoderKL:
     """Trains, or resumes, and returns the autoencoder with its latents' shift and scale set."""
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     vae = new_vae()
-    optimizer = torch.optim.AdamW(vae.parameters(), config.peak_lr, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.peak_lr, config.steps, pct_start=0.1, final_div_factor=100
-    )
-    BUILD.mkdir(exist_ok=True)
-    path = BUILD / "vae.pt"
-    first, spent = load_state(path, vae, optimizer, schedule)
-    start = time.time() - spent
-    for step in range(first, config.steps):
-        rng = np.random.default_rng((config.seed, step))
-        loss = vae_loss(vae, to_tensor(render_many(training_scenes(rng, config.batch))), config)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if (step + 1) % 50 == 0:
-            print(
-                f"vae {step + 1}/{config.steps} loss {loss.item():.4f} {time.time() - start:.0f} s",
-                flush=True,
-            )
-        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-            save_state(path, step + 1, time.time() - start, vae, optimizer, schedule)
-    return normalised(vae.eval(), config)
+
+    def loss_of(step: int) -> torch.Tensor:
+        scenes = training_scenes(np.random.default_rng((config.seed, step)), config.batch)
+        return vae_loss(vae, to_tensor(render_many(scenes)), config)
+
+    return normalised(train(AUTOENCODER, vae, loss_of, config.course).eval(), config)
 
 
 @torch.no_grad()

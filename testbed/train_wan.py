@@ -13,9 +13,6 @@ leaves reinforcement learning something to improve.
 from __future__ import annotations
 
 import argparse
-import copy
-import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,11 +27,12 @@ from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 from testbed import clips as world
 from testbed.clips import DIRECTIONS, SPEEDS, Description, pick, render_clips, training_clips
 from testbed.scenes import BACKGROUNDS, COLOURS, SHAPES
-from testbed.train_flux import follow
-from testbed.train_vae import load_state, save_state
-from testbed.train_wan_vae import BUILD, CHANNELS, WanVaeConfig, encode, train_vae
+from testbed.train_wan_vae import CHANNELS, WanVaeConfig, encode, train_vae
+from testbed.training import BUILD, Course, flow_loss, present_average, save_pipeline, train, word_tokenizer
 
 OUTPUT = Path(__file__).parent / "tiny_wan"
+FLOW = BUILD / "wan_flow.pt"
+COURSE = Course(steps=4800, peak_lr=2e-3, ema=0.997)
 TOKENS = 20  # every caption has at most 16 words and so at most 17 tokens
 WIDTH = 128
 
@@ -51,21 +49,13 @@ class WanConfig:
     seed: int = 41
     threads: int = 1
     clips: int = 40_000
-    steps: int = 4000
+    course: Course = COURSE
     batch: int = 128
-    peak_lr: float = 2e-3
     wrong: float = 0.35
     wrong_count: float = 0.05
     silent: float = 0.1
     rise: float = 0.7
     shift: float = 2.0
-    ema: float = 0.997
-    checkpoint_every: int = 100
-
-
-SETTLE = WanConfig(seed=42, steps=1200, peak_lr=1e-3, rise=1e-6)
-"""A second stage whose captions are as wrong from its beginning; it makes the shapes crisp."""
-STAGES = {"wan_flow": WanConfig(), "wan_settle": SETTLE}
 
 
 class Flow(nn.Module):
@@ -117,10 +107,7 @@ def new_text_encoder() -> UMT5EncoderModel:
 
 
 def new_tokenizer() -> T5Tokenizer:
-    """A stock T5 tokenizer (unigram): each word of the world is one token, other text is unknown."""
-    pieces = ["<pad>", "</s>", "<unk>", *(f"\u2581{word}" for word in dict.fromkeys(world.WORDS)), "\u2581"]
-    scores = [(piece, 0.0 if i < 3 else -2.0) for i, piece in enumerate(pieces)]
-    return T5Tokenizer(vocab=scores, extra_ids=0, model_max_length=TOKENS)
+    return word_tokenizer(world.WORDS, TOKENS)
 
 
 # ---------------------------------------------------------------- captions, partly wrong
@@ -178,7 +165,7 @@ class Captions:
         self, rng: np.random.Generator, truths: Sequence[Description], step: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and mask [n, 20], with the wrongness of a training step."""
-        share = min(1.0, step / (self.config.rise * self.config.steps))
+        share = min(1.0, step / (self.config.rise * self.config.course.steps))
         now = replace(self.config, wrong=share * self.config.wrong, wrong_count=share * self.config.wrong_count)
         return tokenize(self.tokenizer, [self._say(rng, truth, now) for truth in truths])
 
@@ -219,55 +206,21 @@ def encode_clips(vae: AutoencoderKLWan, config: WanConfig) -> FlowData:
     return FlowData(latents=latents, truths=[clip.description for clip in clips])
 
 
-def flow_loss(flow: Flow, latents: torch.Tensor, text: tuple[torch.Tensor, torch.Tensor], shift: float) -> torch.Tensor:
-    """Mean squared error of the velocity at noise levels that lean towards the sampler's shifted ones."""
-    noise = torch.randn_like(latents)
-    sigma = torch.sigmoid(1.2 * torch.randn(len(latents)))
-    sigma = shift * sigma / (1 + (shift - 1) * sigma)
-    mixed = torch.lerp(latents, noise, sigma[:, None, None, None, None])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        velocity = flow(mixed, sigma, *text)
-    return (velocity.float() - (noise - latents)).square().mean()
-
-
-def train_flow(data: FlowData, config: WanConfig, name: str, start_from: Flow | None = None) -> Flow:
-    """Trains, or resumes, the flow of `.build/<name>.pt`; returns the average of its weights."""
+def train_flow(data: FlowData, config: WanConfig) -> Flow:
+    """Trains, or resumes, the flow of `.build/wan_flow.pt`; returns the average of its weights."""
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    flow = Flow()
-    if start_from is not None:
-        flow.load_state_dict(start_from.state_dict())
-    average = copy.deepcopy(flow).requires_grad_(False)
-    optimizer = torch.optim.AdamW(flow.parameters(), config.peak_lr, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.peak_lr, config.steps, pct_start=0.08, final_div_factor=50
-    )
-    path, captions = BUILD / f"{name}.pt", Captions(config)
-    first, spent = load_state(path, flow, average, optimizer, schedule)
-    start, recent = time.time() - spent, 0.0
-    for step in range(first, config.steps):
+    flow, captions = Flow(), Captions(config)
+
+    def loss_of(step: int) -> torch.Tensor:
         rng = np.random.default_rng((config.seed, step))
         picked = rng.integers(len(data.truths), size=config.batch)
         text = captions(rng, [data.truths[i] for i in picked], step)
         # For so few tokens the fused attention of the CPU is several times slower than the plain one.
         with sdpa_kernel(SDPBackend.MATH):
-            loss = flow_loss(flow, data.latents[picked].float(), text, config.shift)
-            optimizer.zero_grad()
-            loss.backward()
-        nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        follow(average, flow, min(config.ema, (step + 1) / (step + 10)))
-        recent = loss.item() if not recent else 0.98 * recent + 0.02 * loss.item()
-        if (step + 1) % 50 == 0:
-            spent = time.time() - start
-            print(
-                f"{name} {step + 1}/{config.steps} loss {recent:.4f} {spent:.0f} s, {spent / (step + 1):.2f} s/step",
-                flush=True,
-            )
-        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-            save_state(path, step + 1, time.time() - start, flow, average, optimizer, schedule)
-    return average
+            return flow_loss(lambda x, sigma: flow(x, sigma, *text), data.latents[picked].float(), config.shift)
+
+    return train(FLOW, flow, loss_of, config.course)
 
 
 # ---------------------------------------------------------------- the pipeline
@@ -284,26 +237,6 @@ def as_pipeline(flow: Flow, vae: AutoencoderKLWan) -> WanPipeline:
     )
 
 
-def export(flow: Flow, vae: AutoencoderKLWan, folder: Path = OUTPUT) -> None:
-    """Saves the pipeline in half precision, replacing the weights in `folder` but not its other files."""
-    scratch = folder.with_name(folder.name + ".new")
-    shutil.rmtree(scratch, ignore_errors=True)
-    as_pipeline(copy.deepcopy(flow), copy.deepcopy(vae)).to(torch.float16).save_pretrained(scratch)
-    folder.mkdir(exist_ok=True)
-    for part in scratch.iterdir():
-        old = folder / part.name
-        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-        part.rename(old)
-    scratch.rmdir()
-
-
-def saved_flow(name: str) -> Flow:
-    """The present average of a flow in training. Raises FileNotFoundError before its first checkpoint."""
-    flow = Flow()
-    flow.load_state_dict(torch.load(BUILD / f"{name}.pt", weights_only=False)["parts"][1])
-    return flow.eval()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--export", action="store_true", help="save the present average and stop")
@@ -312,14 +245,11 @@ def main() -> None:
     options = parser.parse_args()
     vae = train_vae(WanVaeConfig(threads=options.threads))
     if options.export:
-        export(saved_flow([name for name in STAGES if (BUILD / f"{name}.pt").exists()][-1]), vae, options.output)
+        save_pipeline(as_pipeline(present_average(FLOW, Flow()), vae), options.output)
         return
-    data = encode_clips(vae, WanConfig())
-    flow = None
-    for name, config in STAGES.items():
-        flow = train_flow(data, replace(config, threads=options.threads), name, start_from=flow)
-    assert flow is not None
-    export(flow.eval(), vae, options.output)
+    config = WanConfig(threads=options.threads)
+    flow = train_flow(encode_clips(vae, config), config)
+    save_pipeline(as_pipeline(flow.eval(), vae), options.output)
     from testbed.measure_wan import write_card
 
     write_card(options.output)

@@ -9,18 +9,17 @@ reconstructions of clips that it has not seen are read.
 from __future__ import annotations
 
 import argparse
-import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 
 from testbed.clips import render_clips, training_clips
-from testbed.train_vae import load_state, save_state
+from testbed.training import BUILD, Course, train
 
-BUILD = Path(__file__).parent / ".build"
+AUTOENCODER = BUILD / "wan_vae.pt"
+COURSE = Course(steps=6000, peak_lr=2e-3, warm_up=0.1, fall=100, betas=(0.9, 0.999), weight_decay=1e-4)
 CHANNELS, PATCH = 8, 2
 
 
@@ -33,13 +32,11 @@ class WanVaeConfig:
 
     seed: int = 31
     threads: int = 1
-    steps: int = 6000
+    course: Course = COURSE
     batch: int = 8
-    peak_lr: float = 2e-3
     kl: float = 5e-4
     foreground: float = 2.0
     rotated: float = 0.3
-    checkpoint_every: int = 100
     statistics_clips: int = 1024
 
 
@@ -136,35 +133,14 @@ def train_vae(config: WanVaeConfig) -> AutoencoderKLWan:
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     vae = new_vae()
-    optimizer = torch.optim.AdamW(vae.parameters(), config.peak_lr, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.peak_lr, config.steps, pct_start=0.1, final_div_factor=100
-    )
-    BUILD.mkdir(exist_ok=True)
-    path = BUILD / "wan_vae.pt"
-    first, spent = load_state(path, vae, optimizer, schedule)
-    start, recent = time.time() - spent, 0.0
-    for step in range(first, config.steps):
-        rng = np.random.default_rng((config.seed, step))
-        clips = to_tensor(render_clips(training_clips(rng, config.batch)))
-        if step < config.rotated * config.steps:
+
+    def loss_of(step: int) -> torch.Tensor:
+        clips = to_tensor(render_clips(training_clips(np.random.default_rng((config.seed, step)), config.batch)))
+        if step < config.rotated * config.course.steps:
             clips = rotate_colours(clips, torch.Generator().manual_seed(step))
-        loss = vae_loss(vae, clips, config)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        recent = loss.item() if not recent else 0.95 * recent + 0.05 * loss.item()
-        if (step + 1) % 50 == 0:
-            spent = time.time() - start
-            print(
-                f"wan_vae {step + 1}/{config.steps} loss {recent:.4f} {spent:.0f} s, {spent / (step + 1):.2f} s/step",
-                flush=True,
-            )
-        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-            save_state(path, step + 1, time.time() - start, vae, optimizer, schedule)
-    return normalised(vae.eval().requires_grad_(False), config)
+        return vae_loss(vae, clips, config)
+
+    return normalised(train(AUTOENCODER, vae, loss_of, config.course).eval().requires_grad_(False), config)
 
 
 @torch.no_grad()
