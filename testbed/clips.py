@@ -9,8 +9,7 @@ backgrounds and `NOVEL_PAIRS` (never trained) are those of `testbed.scenes`.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -20,7 +19,7 @@ import numpy as np
 
 from testbed import scenes as world
 from testbed.render import render
-from testbed.scenes import BACKGROUNDS, CANVAS, COLOURS, NOVEL_PAIRS, PROMPT_DIR, SHAPES, Obj, Scene
+from testbed.scenes import BACKGROUNDS, CANVAS, COLOURS, NOVEL_PAIRS, SHAPES, Obj, Scene, shuffled, write_prompts
 
 SIDE = 48
 FRAMES = 9
@@ -318,20 +317,15 @@ def _record(kind: str, index: int, description: Description, text: str) -> dict[
     return {"id": f"{kind}-{index:04d}", "text": text, "reference": reference(description), "tags": tags}
 
 
-def _shuffled(rng: np.random.Generator, items: Iterable[Description]) -> list[Description]:
-    pool = list(items)
-    return [pool[i] for i in rng.permutation(len(pool))]
-
-
 @lru_cache(maxsize=1)
 def heldout_descriptions() -> tuple[Description, ...]:
     """The descriptions of the held-out prompts: one in four has a never-trained pair."""
     rng = np.random.default_rng(PROMPT_SEED)
-    singles, pairs = (_shuffled(rng, all_descriptions(count)) for count in (1, 2))
+    singles, pairs = (shuffled(rng, all_descriptions(count)) for count in (1, 2))
     known = [d for d in singles if not d.novel][:HELDOUT_SINGLE] + [d for d in pairs if not d.novel][:HELDOUT_PAIR]
     few = HELDOUT_NOVEL // 2
     novel = [d for d in singles if d.novel][:few] + [d for d in pairs if d.novel][: HELDOUT_NOVEL - few]
-    return tuple(_shuffled(rng, known + novel))
+    return tuple(shuffled(rng, known + novel))
 
 
 @lru_cache(maxsize=1)
@@ -347,16 +341,10 @@ def build_prompts() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     picked = []
     for count in (1, 2):
         open_ = (d for d in all_descriptions(count) if gist(d) not in closed and not d.novel)
-        picked += _shuffled(rng, open_)[:half]
-    return [_record("train", i, *_spoken(rng, d)) for i, d in enumerate(_shuffled(rng, picked))], held
-
-
-def main() -> None:
-    for name, records in zip(("shapes_video_train", "shapes_video_heldout"), build_prompts(), strict=True):
-        path = PROMPT_DIR / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
-        print(f"{path.name}: {len(records)} prompts")
+        picked += shuffled(rng, open_)[:half]
+    return [_record("train", i, *_spoken(rng, d)) for i, d in enumerate(shuffled(rng, picked))], held
 
 
 if __name__ == "__main__":
-    main()
+    for name, records in zip(("shapes_video_train", "shapes_video_heldout"), build_prompts(), strict=True):
+        write_prompts(name, records)

@@ -63,14 +63,10 @@ class Reading:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score:
-    """What holds of a reference. Attribute names end in .colour, .shape, .size, or are relation,
-    background, count; "extra1.colour" and so on never hold. `alignment`, `quality` and `composition` lie in [0, 1]."""
+class Checked:
+    """Which attributes of a reference hold."""
 
     attributes: dict[str, bool]
-    quality: float
-    composition: float
-    legible: bool
 
     @property
     def alignment(self) -> float:
@@ -79,6 +75,16 @@ class Score:
     @property
     def exact(self) -> bool:
         return all(self.attributes.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score(Checked):
+    """What holds of a reference. Attribute names end in .colour, .shape, .size, or are relation,
+    background, count; "extra1.colour" and so on never hold. `alignment`, `quality` and `composition` lie in [0, 1]."""
+
+    quality: float
+    composition: float
+    legible: bool
 
 
 @dataclass(frozen=True)

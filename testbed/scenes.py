@@ -10,7 +10,7 @@ share one description. `NOVEL_PAIRS` never occur in training, neither in an imag
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -227,7 +227,7 @@ def _record(kind: str, index: int, description: Description, text: str) -> dict[
     return {"id": f"{kind}-{index:04d}", "text": text, "reference": reference(description), "tags": tags}
 
 
-def _shuffled(rng: np.random.Generator, items: Iterable[Description]) -> list[Description]:
+def shuffled(rng: np.random.Generator, items: Iterable[Any]) -> list[Any]:
     pool = list(items)
     return [pool[i] for i in rng.permutation(len(pool))]
 
@@ -236,11 +236,11 @@ def _shuffled(rng: np.random.Generator, items: Iterable[Description]) -> list[De
 def heldout_descriptions() -> tuple[Description, ...]:
     """The canonical descriptions of the held-out prompts: one in four has a never-trained pair."""
     rng = np.random.default_rng(PROMPT_SEED)
-    singles, pairs = (_shuffled(rng, all_descriptions(count)) for count in (1, 2))
+    singles, pairs = (shuffled(rng, all_descriptions(count)) for count in (1, 2))
     known = [d for d in singles if not d.novel][:HELDOUT_SINGLE] + [d for d in pairs if not d.novel][:HELDOUT_PAIR]
     few = HELDOUT_NOVEL // 4
     novel = [d for d in singles if d.novel][:few] + [d for d in pairs if d.novel][: HELDOUT_NOVEL - few]
-    return tuple(_shuffled(rng, known + novel))
+    return tuple(shuffled(rng, known + novel))
 
 
 def build_prompts() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -252,7 +252,7 @@ def build_prompts() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     open_ = [[d for d in all_descriptions(c) if d not in closed and not d.novel] for c in (1, 2)]
     # There are few one-object descriptions, so each is used in both word orders.
     spoken = [(d, caption(d, background_first=first)) for d in open_[0] for first in (False, True)]
-    spoken += [_spoken(rng, d) for d in _shuffled(rng, open_[1])[: TRAIN_PROMPTS - len(spoken)]]
+    spoken += [_spoken(rng, d) for d in shuffled(rng, open_[1])[: TRAIN_PROMPTS - len(spoken)]]
     order = rng.permutation(len(spoken))
     return [_record("train", i, *spoken[j]) for i, j in enumerate(order)], held_records
 
@@ -262,13 +262,14 @@ def load_prompts(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (PROMPT_DIR / f"{name}.jsonl").read_text().splitlines()]
 
 
-def main() -> None:
+def write_prompts(name: str, records: Sequence[dict[str, Any]]) -> None:
+    """Writes `prompts/<name>.jsonl`."""
     PROMPT_DIR.mkdir(exist_ok=True)
-    for name, records in zip(("shapes_train", "shapes_heldout"), build_prompts(), strict=True):
-        path = PROMPT_DIR / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
-        print(f"{path.name}: {len(records)} prompts")
+    path = PROMPT_DIR / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    print(f"{path.name}: {len(records)} prompts")
 
 
 if __name__ == "__main__":
-    main()
+    for name, records in zip(("shapes_train", "shapes_heldout"), build_prompts(), strict=True):
+        write_prompts(name, records)

@@ -34,7 +34,17 @@ from testbed import scenes as world
 from testbed.render import render_many
 from testbed.scenes import Description, Thing
 from testbed.train_vae import VaeConfig, to_tensor, train_vae, training_scenes
-from testbed.training import BUILD, Course, flow_loss, present_average, save_pipeline, train, word_tokenizer
+from testbed.training import (
+    BUILD,
+    Course,
+    FlowConfig,
+    flow_loss,
+    present_average,
+    save_pipeline,
+    swapped,
+    train,
+    word_tokenizer,
+)
 
 OUTPUT = Path(__file__).parent / "tiny_flux"
 TOKENS = 16  # every caption has at most 12 words and so at most 14 tokens
@@ -45,22 +55,13 @@ WIDTH, POOLED = 128, 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class FluxConfig:
-    """Hyper-parameters of the flow.
-
-    `wrong` is the chance of each caption attribute to be replaced. It rises linearly from nothing to its full value
-    over the first `rise` of the training: the model learns first what words mean and then not to trust them.
-    """
+class FluxConfig(FlowConfig):
+    """Hyper-parameters of the flow; a share `long_fraction` of the batches has captions padded to `LONG_TOKENS`."""
 
     seed: int = 23
     threads: int = 2
-    images: int = 40_000
     course: Course = COURSE
-    batch: int = 128
-    wrong: float = 0.35
-    wrong_count: float = 0.05
-    rise: float = 0.7
-    shift: float = 2.0
+    images: int = 40_000
     long_fraction: float = 0.1
 
 
@@ -173,25 +174,20 @@ def misdescribe(rng: np.random.Generator, truth: Description, config: FluxConfig
     wrong = config.wrong
     while True:
         things = tuple(_misdescribe_thing(rng, thing, wrong) for thing in truth.things)
-        relation = truth.relation and _swap(rng, truth.relation, world.RELATIONS, wrong)
+        relation = truth.relation and swapped(rng, truth.relation, world.RELATIONS, wrong)
         if rng.random() < config.wrong_count:
             things, relation = _miscount(rng, things)
-        background = _swap(rng, truth.background, tuple(world.BACKGROUNDS), wrong)
+        background = swapped(rng, truth.background, tuple(world.BACKGROUNDS), wrong)
         told = Description(things=things, relation=relation, background=background)
         if not told.novel and len({(t.colour, t.shape) for t in things}) == len(things):
             return told
 
 
-def _swap(rng: np.random.Generator, value: str, options: tuple[str, ...], chance: float) -> str:
-    others = [option for option in options if option != value]
-    return others[int(rng.integers(len(others)))] if rng.random() < chance else value
-
-
 def _misdescribe_thing(rng: np.random.Generator, thing: Thing, wrong: float) -> Thing:
     return Thing(
-        colour=_swap(rng, thing.colour, tuple(world.COLOURS), wrong),
-        shape=_swap(rng, thing.shape, world.SHAPES, wrong),
-        size=thing.size and _swap(rng, thing.size, world.SIZES, wrong),
+        colour=swapped(rng, thing.colour, tuple(world.COLOURS), wrong),
+        shape=swapped(rng, thing.shape, world.SHAPES, wrong),
+        size=thing.size and swapped(rng, thing.size, world.SIZES, wrong),
     )
 
 
@@ -243,8 +239,7 @@ class Captions:
         self, rng: np.random.Generator, truths: list[Description], step: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """CLIP ids [n, 16] and T5 ids [n, 16 or 32], with the wrongness of a training step."""
-        share = min(1.0, step / (self.config.rise * self.config.course.steps))
-        now = replace(self.config, wrong=share * self.config.wrong, wrong_count=share * self.config.wrong_count)
+        now = self.config.at(step)
         told = [misdescribe(rng, truth, now) for truth in truths]
         texts = [world.caption(d, background_first=bool(rng.random() < 0.5)) for d in told]
         length = LONG_TOKENS if rng.random() < self.config.long_fraction else TOKENS

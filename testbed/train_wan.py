@@ -28,7 +28,17 @@ from testbed import clips as world
 from testbed.clips import DIRECTIONS, SPEEDS, Description, pick, render_clips, training_clips
 from testbed.scenes import BACKGROUNDS, COLOURS, SHAPES
 from testbed.train_wan_vae import CHANNELS, WanVaeConfig, encode, train_vae
-from testbed.training import BUILD, Course, flow_loss, present_average, save_pipeline, train, word_tokenizer
+from testbed.training import (
+    BUILD,
+    Course,
+    FlowConfig,
+    flow_loss,
+    present_average,
+    save_pipeline,
+    swapped,
+    train,
+    word_tokenizer,
+)
 
 OUTPUT = Path(__file__).parent / "tiny_wan"
 FLOW = BUILD / "wan_flow.pt"
@@ -38,24 +48,17 @@ WIDTH = 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class WanConfig:
+class WanConfig(FlowConfig):
     """Hyper-parameters of the flow.
 
-    `wrong` is the chance of each caption attribute to be replaced. It rises linearly from nothing to its full value
-    over the first `rise` of the training: the model learns first what words mean and then not to trust them. `silent`
-    is the chance of an empty caption, which gives classifier-free guidance its other branch.
+    `silent` is the chance of an empty caption, which gives classifier-free guidance its other branch.
     """
 
     seed: int = 41
     threads: int = 1
-    clips: int = 40_000
     course: Course = COURSE
-    batch: int = 128
-    wrong: float = 0.35
-    wrong_count: float = 0.05
+    clips: int = 40_000
     silent: float = 0.1
-    rise: float = 0.7
-    shift: float = 2.0
 
 
 class Flow(nn.Module):
@@ -125,10 +128,10 @@ def _misdescribe_once(rng: np.random.Generator, truth: Description, config: WanC
     wrong = config.wrong
     told = replace(
         truth,
-        things=tuple((_swap(rng, c, tuple(COLOURS), wrong), _swap(rng, s, SHAPES, wrong)) for c, s in truth.things),
-        direction=_swap(rng, truth.direction, tuple(DIRECTIONS), wrong),
-        speed=_swap(rng, truth.speed, tuple(SPEEDS), wrong),
-        background=_swap(rng, truth.background, tuple(BACKGROUNDS), wrong),
+        things=tuple((swapped(rng, c, tuple(COLOURS), wrong), swapped(rng, s, SHAPES, wrong)) for c, s in truth.things),
+        direction=swapped(rng, truth.direction, tuple(DIRECTIONS), wrong),
+        speed=swapped(rng, truth.speed, tuple(SPEEDS), wrong),
+        background=swapped(rng, truth.background, tuple(BACKGROUNDS), wrong),
     )
     if truth.route:
         # Another way needs another route, and even the same way may be told from another start.
@@ -140,10 +143,6 @@ def _misdescribe_once(rng: np.random.Generator, truth: Description, config: WanC
 
 def _goes(description: Description) -> tuple[str, str]:
     return description.direction, description.speed
-
-
-def _swap(rng: np.random.Generator, value: str, options: Sequence[str], chance: float) -> str:
-    return pick(rng, [option for option in options if option != value]) if rng.random() < chance else value
 
 
 def _miscount(rng: np.random.Generator, told: Description) -> Description:
@@ -165,8 +164,7 @@ class Captions:
         self, rng: np.random.Generator, truths: Sequence[Description], step: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and mask [n, 20], with the wrongness of a training step."""
-        share = min(1.0, step / (self.config.rise * self.config.course.steps))
-        now = replace(self.config, wrong=share * self.config.wrong, wrong_count=share * self.config.wrong_count)
+        now = self.config.at(step)
         return tokenize(self.tokenizer, [self._say(rng, truth, now) for truth in truths])
 
     def _say(self, rng: np.random.Generator, truth: Description, now: WanConfig) -> str:

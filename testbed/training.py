@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import T5Tokenizer
@@ -148,6 +149,36 @@ def word_tokenizer(words: Iterable[str], length: int) -> T5Tokenizer:
 
 
 # ---------------------------------------------------------------- flows
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig:
+    """Hyper-parameters of a flow.
+
+    `wrong` is the chance of each caption attribute to be replaced, `wrong_count` that of a wrong number of objects. Both
+    rise linearly from nothing to their full value over the first `rise` of the training: the model learns first what
+    words mean and then not to trust them. `shift` leans the noise levels towards the sampler's.
+    """
+
+    seed: int
+    threads: int
+    course: Course
+    batch: int = 128
+    wrong: float = 0.35
+    wrong_count: float = 0.05
+    rise: float = 0.7
+    shift: float = 2.0
+
+    def at(self, step: int) -> Self:
+        """The same with the wrongness of a training step."""
+        share = min(1.0, step / (self.rise * self.course.steps))
+        return replace(self, wrong=share * self.wrong, wrong_count=share * self.wrong_count)
+
+
+def swapped(rng: np.random.Generator, value: str, options: Sequence[str], chance: float) -> str:
+    """The value, or with a chance another of the options."""
+    others = [option for option in options if option != value]
+    return others[int(rng.integers(len(others)))] if rng.random() < chance else value
 
 
 def noise_levels(count: int, shift: float) -> Tensor:

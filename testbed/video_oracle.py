@@ -18,7 +18,7 @@ from scipy.optimize import linear_sum_assignment
 
 from testbed import clips as world
 from testbed.clips import DIRECTIONS, PLACES, SIDE, SPEEDS, Clip
-from testbed.oracle import Reading, Seen, read
+from testbed.oracle import Checked, Reading, Seen, read
 from testbed.scenes import CANVAS
 
 LASTING = 2 / 3  # share of the frames that must agree before something is said of the whole clip
@@ -99,7 +99,7 @@ class ClipReading:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipScore:
+class ClipScore(Checked):
     """What holds of a reference. Attribute names end in .colour, .shape, .direction, .speed, .start, .end, or are
     passing, background, count; "extra1.colour" and so on never hold.
 
@@ -107,21 +107,12 @@ class ClipScore:
     objects per frame, in hundredths of the shorter side.
     """
 
-    attributes: dict[str, bool]
     kept: float
     smooth: float
     steady: float
     quality: float
     dynamic: float
     legible: bool
-
-    @property
-    def alignment(self) -> float:
-        return sum(self.attributes.values()) / max(1, len(self.attributes))
-
-    @property
-    def exact(self) -> bool:
-        return all(self.attributes.values())
 
 
 @dataclass(frozen=True)
