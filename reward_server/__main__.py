@@ -1,4 +1,4 @@
-"""The judge's command line: serve, judge. Nothing heavy is imported before it is needed."""
+"""The judge's command line; further commands stand in `commands.py` and `training_commands.py`. Imports wait until needed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from reward_server import machine
+from reward_server import commands as preference_commands
+from reward_server import machine, training_commands
 from reward_server.presets import PRESETS
 from reward_server.serve import Hosted, VllmJudge, command, from_settings, refuse, start_here
 
@@ -44,6 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _serve_arguments(commands.add_parser("serve", help="start vLLM with a judge, print its endpoint, stop on Ctrl-C"))
     _judge_arguments(commands.add_parser("judge", help="compare two pictures or videos and print a table"))
+    preference_commands.add(commands)
+    training_commands.add(commands)
     return parser
 
 

@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from reward_server import machine
 from reward_server.families.base import FIRST, TIE, ChatFamily, Completion, Reply, json_object, side
@@ -75,6 +75,10 @@ class Answer:
     text: str
     tokens: int
     seconds: float
+    prompt_tokens: int = 0
+    finish_reason: str = "stop"
+    first_token: tuple[tuple[str, float], ...] = ()
+    """Likeliest first tokens with their log-probabilities, where the family asked for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,11 +169,12 @@ def data_urls(path: str, frames: int) -> list[str]:
     """A picture as one data URL (PNG), a video as those of its sampled frames. Raises ValueError if unreadable."""
     if not Path(path).is_file():
         raise ValueError(f"the file {path!r} is not there")
-    pictures = read_video(path, frames) if path.lower().endswith(VIDEO_ENDINGS) else [_picture(path)]
-    return [_data_url(picture) for picture in pictures]
+    pictures = read_video(path, frames) if path.lower().endswith(VIDEO_ENDINGS) else [open_picture(path)]
+    return [data_url(picture) for picture in pictures]
 
 
-def _picture(path: str) -> Image.Image:
+def open_picture(path: str) -> Image.Image:
+    """An RGB picture. Raises ValueError if unreadable."""
     from PIL import Image
 
     try:
@@ -180,7 +185,11 @@ def _picture(path: str) -> Image.Image:
 
 
 def read_video(path: str, frames: int) -> list[Image.Image]:
-    """``frames`` uniformly spaced frames, first and last included, as training samples them."""
+    """``frames`` uniformly spaced frames, first and last included, as training samples them.
+
+    Raises:
+        ValueError: unreadable, or cut short: half a clip is another clip.
+    """
     import imageio.v3 as iio
     import numpy as np
     from PIL import Image
@@ -188,10 +197,22 @@ def read_video(path: str, frames: int) -> list[Image.Image]:
     try:
         clip = [Image.fromarray(np.ascontiguousarray(frame)).convert("RGB") for frame in iio.imiter(path)]
     except (OSError, ValueError, RuntimeError) as error:  # imageio's plugins raise any of these
-        raise ValueError(f"the video {path!r} cannot be read: {error}") from error
+        raise ValueError(f"the video {path!r} cannot be read: {_why(error)}") from error
     if not clip:
         raise ValueError(f"the video {path!r} has no frames")
+    said = iio.immeta(path)
+    promised = said.get("fps", 0) * said.get("duration", 0)  # 0 for a GIF, which states no rate
+    if len(clip) + 2 < 0.9 * promised:
+        raise ValueError(
+            f"the video {path!r} was cut short: it holds {len(clip)} of about {promised:.0f} frames; copy it again"
+        )
     return [clip[k] for k in sampled(len(clip), frames)]
+
+
+def _why(error: Exception) -> str:
+    """ffmpeg's last line without its banner, and what it means where an mp4's end is missing."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    return f"{line} (it was cut short: its end, with the index, is missing)" if "moov atom" in str(error) else line
 
 
 def sampled(available: int, wanted: int) -> list[int]:
@@ -206,7 +227,8 @@ def sampled(available: int, wanted: int) -> list[int]:
     return sorted({round(k * (available - 1) / max(1, count - 1)) for k in range(count)})
 
 
-def _data_url(image: Image.Image) -> str:
+def data_url(image: Image.Image) -> str:
+    """The picture as PNG, in the form in which chat requests carry it."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -228,18 +250,34 @@ def served_model(endpoint: str) -> str:
         raise ValueError(f"{endpoint} answers, but not as a judge's server does: no list of models") from error
 
 
+def request_body(
+    family: ChatFamily,
+    model: str,
+    prompt: str,
+    media: Sequence[Sequence[str]],
+    max_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The chat request. ``media`` holds, for each source and candidate as shown, its frames as data URLs."""
+    body = {"model": model, "messages": family.request(prompt, media)}
+    return body | {"temperature": temperature, "seed": seed, "max_tokens": max_tokens} | family.options()
+
+
+def request_headers() -> dict[str, str]:
+    """With the key from the environment, if there is one."""
+    return {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {_key()}"} if _key() else {})
+
+
+def chat_url(endpoint: str) -> str:
+    """Where chat requests go."""
+    return _base(endpoint) + "/chat/completions"
+
+
 def ask(asked: Comparison, family: ChatFamily, model: str, media: Sequence[Sequence[str]]) -> Answer:
     """One request. Raises ValueError for a judge that cannot be reached, refuses, or answers nonsense."""
-    body = {
-        "model": model,
-        "messages": family.request(asked.prompt, media),
-        "temperature": 0.0,
-        "seed": 0,
-        "max_tokens": asked.max_tokens,
-    }
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {_key()}"} if _key() else {})
-    data = json.dumps(body | family.options()).encode()
-    request = urllib.request.Request(_base(asked.endpoint) + "/chat/completions", data=data, headers=headers)
+    data = json.dumps(request_body(family, model, asked.prompt, media, asked.max_tokens)).encode()
+    request = urllib.request.Request(chat_url(asked.endpoint), data=data, headers=request_headers())
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # judges are named by address
     start = time.monotonic()
     try:
@@ -249,21 +287,31 @@ def ask(asked: Comparison, family: ChatFamily, model: str, media: Sequence[Seque
         raise ValueError(_refused(asked.endpoint, error)) from error
     except OSError as error:
         raise ValueError(_unreachable(asked.endpoint, error)) from error
-    return _answer(content, family, asked.endpoint, time.monotonic() - start)
+    return read_answer(content, family, asked.endpoint, time.monotonic() - start)
 
 
-def _answer(content: bytes, family: ChatFamily, endpoint: str, seconds: float) -> Answer:
+def read_answer(content: bytes, family: ChatFamily, endpoint: str, seconds: float) -> Answer:
+    """The answer in a server's response. Raises ValueError where that is no chat completion."""
     try:
         completion = json.loads(content)
         choice = completion["choices"][0]
         text = choice["message"].get("content") or ""
         first = ((choice.get("logprobs") or {}).get("content") or [{"top_logprobs": []}])[0]["top_logprobs"]
         likeliest = tuple((str(t["token"]), float(t["logprob"])) for t in first)
-        tokens = int((completion.get("usage") or {}).get("completion_tokens") or 0)
+        usage = completion.get("usage") or {}
+        tokens, prompt_tokens = (int(usage.get(name) or 0) for name in ("completion_tokens", "prompt_tokens"))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{endpoint} answers, but not with a chat completion: {content[:200]!r}") from error
     read = Completion(text=text, finish_reason=choice.get("finish_reason") or "", first_token=likeliest)
-    return Answer(reply=family.read(read), text=text, tokens=tokens, seconds=seconds)
+    return Answer(
+        reply=family.read(read),
+        text=text,
+        tokens=tokens,
+        seconds=seconds,
+        prompt_tokens=prompt_tokens,
+        finish_reason=read.finish_reason,
+        first_token=likeliest,
+    )
 
 
 def _base(endpoint: str) -> str:
@@ -282,14 +330,19 @@ def _unreachable(endpoint: str, error: OSError) -> str:
 
 
 def _refused(endpoint: str, error: urllib.error.HTTPError) -> str:
-    said = error.read(2000).decode(errors="replace")
+    return refusal(endpoint, error.code, error.read(2000))
+
+
+def refusal(endpoint: str, status: int, content: bytes) -> str:
+    """What a server said that refused, for the user."""
+    said = content.decode(errors="replace")
     try:
         parsed = json.loads(said)
         said = str((parsed.get("error") or parsed)["message"])
     except (ValueError, KeyError, TypeError, AttributeError):
         pass  # then as it came
-    hint = f"; is {KEY_NAME} set to the judge's key?" if error.code in (401, 403) else ""
-    return f"the judge at {endpoint} refuses: HTTP {error.code} {said}{hint}"
+    hint = f"; is {KEY_NAME} set to the judge's key?" if status in (401, 403) else ""
+    return f"the judge at {endpoint} refuses: HTTP {status} {said}{hint}"
 
 
 # ---------------------------------------------------------------- showing

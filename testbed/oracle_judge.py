@@ -1,7 +1,7 @@
 """A judge that knows the truth: an HTTP server with OpenAI's chat API whose verdicts come from the oracle.
 
-It sees what any judge sees, the prompt's text and the pictures, and replies in the Flex format (two
-candidates) or with 1-5 scores (one candidate). Noise, position bias, latency and failures can be set, which
+It sees what any judge sees, the prompt's text and the pictures (of a clip: its sampled frames), and replies in the Flex
+format (two candidates) or with 1-5 scores (one candidate). Noise, position bias, latency and failures can be set, which
 makes it the perfect and the broken judge of tests and ablations.
 
 `python -m testbed.oracle_judge --port 0` serves on a free loopback port and prints its endpoint.
@@ -27,15 +27,13 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from reward_server.families.flex import category_names
 
 if TYPE_CHECKING:
     import numpy as np
     from aiohttp import web
-
-    from testbed.oracle import Score
 
 MODEL = "UnifiedReward"
 CACHED_SCORES = 20_000
@@ -61,6 +59,9 @@ class OracleJudge:
     """Probability that the connection is closed without an answer."""
     garbage_rate: float = 0.0
     """Probability of a reply that is no verdict."""
+    style: str = "flex"
+    """ "trace": two pictures are answered with the tiny judge's trace (`testbed.judge_trace`), as by its teacher; a pair
+    without a better picture is refused."""
     seed: int = 0
     port: int = 0
     """0: any free port."""
@@ -69,6 +70,8 @@ class OracleJudge:
         for name in ("noise", "position_bias", "failure_rate", "hang_rate", "drop_rate", "garbage_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 yield name, f"is {getattr(self, name)}; it is a probability, between 0 and 1"
+        if self.style not in ("flex", "trace"):
+            yield "style", f"is {self.style!r}; it needs to be flex or trace"
         if not 0 <= self.port <= 65535:
             yield "port", f"is {self.port}; it needs to be 0 (any free one) … 65535"
         if self.latency_s < 0:
@@ -146,8 +149,31 @@ def _endpoint(process: subprocess.Popen[bytes], log: Path) -> str:
 # ---------------------------------------------------------------- judging
 
 
+class Score(Protocol):
+    """What an oracle finds in one candidate; numbers in [0, 1]."""
+
+    @property
+    def attributes(self) -> Mapping[str, bool]: ...
+    @property
+    def alignment(self) -> float: ...
+    @property
+    def quality(self) -> float: ...
+    @property
+    def composition(self) -> float: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watched:
+    """A clip's score: it looks good where things stay what they are and move evenly, and is well made where it is steady."""
+
+    attributes: Mapping[str, bool]
+    alignment: float
+    quality: float
+    composition: float
+
+
 class Judging:
-    """Turns chat requests into replies. Scores are cached by content, so a picture is read once."""
+    """Turns chat requests into replies. Scores are cached by content, so a candidate is read once."""
 
     def __init__(self, settings: OracleJudge) -> None:
         self.settings = settings
@@ -157,26 +183,40 @@ class Judging:
         """The reply's text. Raises ValueError for a request that this judge cannot read."""
         text, urls = _content(body)
         caption = prompt_of(text)
-        frames = _last_frames(urls, single="score the" in text.casefold())
-        scores = [self._score(url, caption) for url in frames]
-        rng = self._rng(body, frames)
+        candidates = _candidates(urls, single="score the" in text.casefold())
+        scores = [self._score(frames, caption) for frames in candidates]
+        rng = self._rng(body, [frames[-1] for frames in candidates])
         if len(scores) == 1:
             return point_reply(scores[0], rng if rng.random() < self.settings.noise else None)
+        if self.settings.style == "trace":
+            return self._trace(caption, urls, rng)
         winners = self._winners(scores[0], scores[1], rng)
         return flex_reply(scores[0], scores[1], winners, "video" if len(urls) > 2 else "image")
+
+    def _trace(self, caption: str, urls: Sequence[str], rng: random.Random) -> str:
+        """The trace that the tiny judge learns; noise and bias change the overall winner only, against the evidence."""
+        from testbed import oracle, scenes
+        from testbed.judge_trace import Judged, overall_winners, trace
+
+        if len(urls) != 2:
+            raise ValueError(f"a trace is about two pictures, not {len(urls)}")
+        reference = scenes.reference(scenes.parse(caption))
+        one, two = (Judged(reading=oracle.read(p), score=oracle.score(p, reference)) for p in map(decode, urls))
+        pieces = trace(reference, one, two)
+        noisy, biased = rng.random() < self.settings.noise, rng.random() < self.settings.position_bias
+        if noisy or biased:
+            pieces[-1] = overall_winners()[0 if biased else rng.randrange(2)]
+        return "".join(pieces)
 
     def _rng(self, body: Mapping[str, Any], urls: Sequence[str]) -> random.Random:
         """Chance that depends on the question alone, so that a run can be repeated."""
         about = f"{self.settings.seed} {body.get('seed')} " + " ".join(str(hash_of(u)) for u in urls)
         return random.Random(about)
 
-    def _score(self, url: str, caption: str) -> Score:
-        from testbed import oracle, scenes
-
-        key = hash_of(url) + caption.encode()
+    def _score(self, urls: Sequence[str], caption: str) -> Score:
+        key = b"".join(map(hash_of, urls)) + caption.encode()
         if key not in self._scores:
-            reference = scenes.reference(scenes.parse(caption))
-            self._scores[key] = oracle.score(decode(url), reference)
+            self._scores[key] = look(urls, caption)
             if len(self._scores) > CACHED_SCORES:
                 self._scores.popitem(last=False)
         return self._scores[key]
@@ -189,11 +229,46 @@ class Judging:
             return (0, 0, 0, 0)
         if noisy:
             return (tosses[0], tosses[1], tosses[2], tosses[3])
-        overall = _better(*merit(one, two), tosses[3])
-        # The format knows no ties: an anchor without a difference goes with the overall winner, either order.
-        alignment = _better(one.alignment, two.alignment, overall)
-        quality = _better(one.quality, two.quality, overall)
-        return (alignment, quality, _better(one.composition, two.composition, overall), overall)
+        return winners(one, two, tosses[3])
+
+
+def look(urls: Sequence[str], caption: str) -> Score:
+    """What the oracle says of one candidate: of a clip, if the caption tells of moving things, else of its last frame.
+
+    Raises ValueError for a picture that cannot be read, or a caption of neither world.
+    """
+    from testbed import clips, oracle, scenes
+
+    if " moving " in caption:
+        return _watch(urls, clips.reference(clips.parse(caption)))
+    return oracle.score(decode(urls[-1]), scenes.reference(scenes.parse(caption)))
+
+
+def _watch(urls: Sequence[str], reference: Mapping[str, Any]) -> Watched:
+    """A clip of the testbed by its sampled frames, whose times follow from how the trainer samples them."""
+    import numpy as np
+
+    from testbed import clips, video_oracle
+
+    times = np.linspace(0, clips.FRAMES - 1, len(urls)).round() / (clips.FRAMES - 1)
+    found = video_oracle.score(np.stack([decode(url) for url in urls]), reference, times.tolist())
+    return Watched(
+        attributes=found.attributes,
+        alignment=found.alignment,
+        quality=(found.quality + found.kept + found.smooth) / 3,
+        composition=found.steady,
+    )
+
+
+def winners(one: Score, two: Score, toss: int) -> tuple[int, int, int, int]:
+    """A faultless judge's winners (0 or 1) by alignment, quality, aesthetics and overall; a coin ``toss`` where all is equal.
+
+    The format knows no ties: an anchor without a difference goes with the overall winner, either order.
+    """
+    overall = _better(*merit(one, two), toss)
+    alignment = _better(one.alignment, two.alignment, overall)
+    quality = _better(one.quality, two.quality, overall)
+    return (alignment, quality, _better(one.composition, two.composition, overall), overall)
 
 
 def merit(one: Score, two: Score) -> tuple[float, float]:
@@ -252,15 +327,15 @@ def _content(body: Mapping[str, Any]) -> tuple[str, list[str]]:
     return text, urls
 
 
-def _last_frames(urls: Sequence[str], single: bool) -> list[str]:
-    """The last frame of each candidate: the oracle judges a clip by how it ends."""
+def _candidates(urls: Sequence[str], single: bool) -> list[Sequence[str]]:
+    """The pictures of each candidate, in order."""
     if not urls:
         raise ValueError("the request shows no picture")
     if single or len(urls) == 1:
-        return [urls[-1]]
+        return [urls]
     if len(urls) % 2:
         raise ValueError(f"{len(urls)} pictures do not make two candidates")
-    return [urls[len(urls) // 2 - 1], urls[-1]]
+    return [urls[: len(urls) // 2], urls[len(urls) // 2 :]]
 
 
 # ---------------------------------------------------------------- replies

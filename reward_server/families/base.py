@@ -113,6 +113,8 @@ class ChatFamily:
     # Not annotated, so these are no fields: a family's own, not the user's to set.
     candidates = 2
     sources = 0
+    decisive: ClassVar[tuple[str, ...]] = ()
+    """The scores that say how good a candidate is, where the others are parts of them; empty: all, equally."""
 
     medium: Medium = "image"
     prompt_file: str = ""

@@ -171,6 +171,7 @@ class Unified1Point(ChatFamily):
 
     name: ClassVar[str] = "unified1_point"
     candidates = 1
+    decisive = ("final",)
 
     def parse(self, text: str) -> Reply:
         return parse_point1(text)

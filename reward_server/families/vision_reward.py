@@ -60,13 +60,19 @@ def weigh(questions: Sequence[Question], answers: Sequence[bool]) -> dict[str, f
     >>> weigh(q, [False, True]), weigh(q, [True, True])
     ({'checklist': 0.0, 'x': 0.0}, {'checklist': 1.5, 'x': 1.5})
     """
-    held: dict[str, bool] = {}
     totals = {"checklist": 0.0, **{q.axis: 0.0 for q in questions}}
-    for q, answer in zip(questions, answers, strict=True):
-        held[q.id] = answer and held.get(q.needs, True)
-        totals["checklist"] += q.weight * held[q.id]
-        totals[q.axis] += q.weight * held[q.id]
+    for q, holds in zip(questions, held(questions, answers), strict=True):
+        totals["checklist"] += q.weight * holds
+        totals[q.axis] += q.weight * holds
     return totals
+
+
+def held(questions: Sequence[Question], answers: Sequence[bool]) -> tuple[bool, ...]:
+    """What counts as "yes": the answer, unless a question that it needs does not."""
+    found: dict[str, bool] = {}
+    for q, answer in zip(questions, answers, strict=True):
+        found[q.id] = answer and found.get(q.needs, True)
+    return tuple(found[q.id] for q in questions)
 
 
 def read_checklist(path: Path) -> tuple[Question, ...]:
@@ -111,6 +117,7 @@ class VisionReward(ChatFamily):
 
     name: ClassVar[str] = "vision_reward"
     candidates = 1
+    decisive = ("checklist",)
 
     checklist_file: str = ""
     """A JSON file with other questions and weights, e.g. the published regression's; empty: our own."""

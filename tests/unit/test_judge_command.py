@@ -50,6 +50,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         iio.imwrite(folder / f"{name}.mp4", clip, fps=8)
     (folder / "broken.png").write_bytes((folder / "right.png").read_bytes()[:100])
     (folder / "broken.mp4").write_bytes(b"no video")
+    # An mp4 that is made to be streamed has its index first: cut in two, it can be read, but its end is missing.
+    noise = np.random.default_rng(0).integers(0, 255, (32, 64, 64, 3), dtype=np.uint8)
+    for name, options in (("half", []), ("streamed", ["-movflags", "+faststart"])):
+        iio.imwrite(folder / f"{name}.mp4", noise, fps=8, output_params=options)
+        whole = (folder / f"{name}.mp4").read_bytes()
+        (folder / f"{name}.mp4").write_bytes(whole[: len(whole) // 2])
     return {path.name: str(path) for path in folder.iterdir()}
 
 
@@ -107,6 +113,8 @@ def test_a_reply_that_says_nothing_is_shown(
         ("right.png", "missing.png", (), "'missing.png' is not there"),
         ("right.png", "broken.png", (), "cannot be read"),
         ("right.mp4", "broken.mp4", (), "cannot be read"),
+        ("right.mp4", "half.mp4", (), "was cut short: its end, with the index, is missing"),
+        ("right.mp4", "streamed.mp4", (), "of about 32 frames; copy it again"),
         ("right.png", "right.mp4", (), "one is a picture and one a video"),
         ("right.png", "wrong.png", ("--endpoint", "http://127.0.0.1:9/v1"), "no judge answers at"),
         ("right.png", "wrong.png", ("--family", "flux"), "no family 'flux'; there are flex, think"),

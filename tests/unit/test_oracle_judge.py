@@ -23,8 +23,8 @@ from grpo_flex.judging import encode_media
 from reward_server.families.base import ChatFamily, Reply
 from reward_server.families.flex import ANCHORS, Flex
 from reward_server.families.unified import Unified2Point
-from testbed import render, scenes
-from testbed.oracle_judge import Judging, OracleJudge, prompt_of
+from testbed import clips, oracle, render, scenes
+from testbed.oracle_judge import Judging, OracleJudge, prompt_of, winners
 
 CAPTION = "a red circle left of a blue square on a white background"
 RIGHT, SWAPPED, OTHER = (
@@ -65,9 +65,50 @@ def test_where_alignment_is_equal_quality_decides() -> None:
     assert reply.winner == 1.0 and reply.dimensions["quality"] == 1.0
 
 
-def test_a_video_is_judged_by_its_last_frames() -> None:
-    clips = [picture(OTHER) * 7 + picture(RIGHT), picture(RIGHT) * 7 + picture(OTHER)]
-    assert ask(OracleJudge(), clips, Flex(medium="video")).winner == 0.0
+def test_an_anchor_without_a_difference_goes_with_the_overall_winner() -> None:
+    one, two = (oracle.Score(attributes={"count": True}, quality=1.0, composition=c, legible=True) for c in (0.2, 0.9))
+    assert winners(one, two, 0) == (1, 1, 1, 1) and winners(two, one, 1) == (0, 0, 0, 0)
+    assert winners(one, one, 0) == (0, 0, 0, 0) and winners(one, one, 1) == (1, 1, 1, 1)
+
+
+def test_a_still_world_clip_is_judged_by_its_last_frames() -> None:
+    shown = [picture(OTHER) * 7 + picture(RIGHT), picture(RIGHT) * 7 + picture(OTHER)]
+    assert ask(OracleJudge(), shown, Flex(medium="video")).winner == 0.0
+
+
+MOVING = "a red circle slowly moving right past a blue square moving left on a white background"
+
+
+def clip(caption: str, order: Sequence[int] = range(9)) -> list[str]:
+    """The frames that the judge is shown of a true clip whose frames are put in ``order``."""
+    moving = clips.sample_clip(np.random.default_rng(0), clips.parse(caption))
+    return encode_media(clips.render_clip(moving)[list(order)], 8)
+
+
+@pytest.mark.parametrize(
+    "worse",
+    [
+        clip(MOVING.replace("slowly", "quickly")),
+        clip(MOVING.replace("red", "green")),
+        clip(MOVING, range(8, -1, -1)),  # the other way
+        clip(MOVING, [4] * 9),  # frozen
+        clip(MOVING, [0, 1, 0, 3, 2, 5, 6, 5, 8]),  # all as told, but it jerks
+    ],
+    ids=["speed", "colour", "direction", "frozen", "jerks"],
+)
+def test_a_clip_is_judged_by_what_moves_in_it(worse: list[str]) -> None:
+    family, better = Flex(medium="video"), clip(MOVING)
+    for shown, winner in (([better, worse], 0.0), ([worse, better], 1.0)):
+        reply = family.parse(Judging(OracleJudge()).reply(body(family, shown, MOVING)))
+        assert (reply.status, reply.winner) == ("ok", winner)
+
+
+def test_eight_frames_show_a_true_clip_to_be_smooth() -> None:
+    """Eight of nine frames are not evenly spaced; taken for even, the motion would seem to jump."""
+    family, caption = Unified2Point(medium="video"), MOVING.replace("slowly", "quickly")
+    text = Judging(OracleJudge()).reply(body(family, [clip(caption)], caption))
+    marks = family.parse(text).scores
+    assert marks["alignment"] == (5.0,) and min(m for scores in marks.values() for m in scores) > 4.9
 
 
 def test_single_candidates_are_scored_from_one_to_five() -> None:

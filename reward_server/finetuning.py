@@ -1,0 +1,399 @@
+"""What both stages of a judge's training share: the model, the request as text, TRL's settings, resume, export.
+
+A stage lives in a folder of its own:
+
+    settings.json     what it was begun with; a resume with other settings is refused
+    checkpoint-<n>/   model, optimiser, schedule, random states: a run that was killed goes on from the newest whole one
+    metrics.jsonl     one object for each logged step
+    model/            the finished judge as vLLM serves it: weights, tokenizer, processor, chat template
+
+TRL does the training. Its collators take a request as text, a reply as text and the pictures, so what is ours is only to
+render the request by the family that will ask the served judge.
+"""
+
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# transformers annotates models and processors by their most general classes.
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# Read when the libraries below are first imported.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import torch
+from accelerate import PartialState
+from huggingface_hub import snapshot_download
+from peft import LoraConfig, PeftModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    Qwen3VLProcessor,
+    Trainer,
+    TrainerCallback,
+)
+
+from reward_server.families.base import ChatFamily, Medium
+from reward_server.judge_training import Fit, JudgeTraining
+from reward_server.machine import find_model
+from reward_server.preferences import is_video, pictures
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SETTINGS, METRICS, MODEL = "settings.json", "metrics.jsonl", "model"
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pth", "*.gguf")
+
+
+# ---------------------------------------------------------------- the request
+
+
+class FramesProcessor(Qwen3VLProcessor):
+    """Qwen3-VL's and Qwen3.5's processor without its video half: judges see a video as frames.
+
+    The video half cannot be loaded without torchvision, and nothing here needs it.
+    """
+
+    def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str | None = None) -> None:
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+
+def load_processor(folder: Path) -> FramesProcessor:
+    """The folder's tokenizer, chat template and picture processor.
+
+    Raises:
+        ValueError: a folder without a chat template, which is what turns a request into text.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not tokenizer.chat_template:
+        raise ValueError(f"the model folder {str(folder)!r} has no chat template: a judge is asked by chat")
+    images = AutoImageProcessor.from_pretrained(folder)
+    return FramesProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
+
+
+def rendered(processor: FramesProcessor, family: ChatFamily, prompt: str, shown: Sequence[int]) -> str:
+    """The request as the server renders it, up to where the reply begins.
+
+    Args:
+        shown: Pictures of each candidate: (1, 1), or the numbers of frames.
+    """
+    (message,) = family.request(prompt, [[""] * count for count in shown])
+    # As vLLM hands it to the template: a picture is a mark, its data goes another way.
+    content = [{"type": "image"} if part["type"] == "image_url" else part for part in message["content"]]
+    options = family.options().get("chat_template_kwargs", {})
+    return processor.apply_chat_template(
+        [message | {"content": content}], tokenize=False, add_generation_prompt=True, **options
+    )
+
+
+def ended(processor: FramesProcessor, reply: str) -> str:
+    """The reply with the token that ends it, as the judge has to write it."""
+    return reply + processor.tokenizer.eos_token
+
+
+def dataset(config: JudgeTraining, processor: FramesProcessor, rows: Sequence[Mapping[str, Any]]) -> Dataset:
+    """Examples as TRL takes them: request and replies as text, pictures read when their turn comes.
+
+    Args:
+        rows: Each with "prompt" and "media" (two lists of paths, in the order shown) and one or several replies under
+            other names, which are given their end.
+
+    Raises:
+        ValueError: no rows, a chat template that ends a reply otherwise, or a text with one of its marks.
+    """
+    from datasets import Dataset
+
+    if not rows:
+        raise ValueError("there is nothing to train on: the file holds no usable examples")
+    _check_end(config, processor)
+    marks = processor.tokenizer.all_special_tokens
+    for row in rows:
+        found = [mark for name in row if name != "media" for mark in marks if mark in row[name]]
+        if found:
+            raise ValueError(f"the instance with the prompt {row['prompt'][:60]!r} has the mark {found[0]!r} in a text")
+
+    def read(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        made = [example(config, processor, row) for row in rows]
+        return {name: [one[name] for one in made] for name in made[0]}
+
+    return Dataset.from_list([dict(row) for row in rows]).with_transform(read)
+
+
+def example(config: JudgeTraining, processor: FramesProcessor, row: Mapping[str, Any]) -> dict[str, Any]:
+    """One row with its request rendered, its pictures in the order shown, and its replies ended."""
+    family = config.family(medium_of(row["media"][0]))
+    shown = [pictures(paths, family.frames) for paths in row["media"]]
+    request = rendered(processor, family, row["prompt"], [len(frames) for frames in shown])
+    replies = {name: ended(processor, row[name]) for name in row if name not in ("prompt", "media")}
+    return {"prompt": request, "images": [frame for frames in shown for frame in frames]} | replies
+
+
+def medium_of(paths: Sequence[str]) -> Medium:
+    """A candidate of several frames, or of one video file, is a video."""
+    return "video" if len(paths) > 1 or is_video(paths[0]) else "image"
+
+
+def _check_end(config: JudgeTraining, processor: FramesProcessor) -> None:
+    """Raises ValueError if the template does not end an assistant's turn as ``ended`` does."""
+    options = config.image.options().get("chat_template_kwargs", {})
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "{}"}]
+    whole = processor.apply_chat_template(turns, tokenize=False, **options)
+    if not whole.rstrip().endswith(ended(processor, "{}")):
+        raise ValueError(
+            f"the chat template ends a reply with {whole[-30:]!r}, and the tokenizer's end is "
+            f"{processor.tokenizer.eos_token!r}: the judge would not learn to stop"
+        )
+
+
+def read_lines(path: str | Path, wanted: Sequence[str]) -> list[dict[str, Any]]:
+    """The JSON lines of a file, with "media" as paths that exist.
+
+    Raises:
+        ValueError: no such file, or a line that is no object with the wanted keys or names media that are not there.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"there is no file {str(path)!r}")
+    made = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            media = [[str(Path(path).parent / one) for one in paths] for paths in row["media"]]
+            missing = [name for name in wanted if not isinstance(row[name], str)]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path}, line {number}: {type(error).__name__} {error}; it needs {wanted}, media"
+            ) from error
+        absent = [one for paths in media for one in paths if not Path(one).is_file()]
+        if missing or absent or len(media) != 2 or not all(media):
+            said = (
+                f"{missing[0]} is no text"
+                if missing
+                else f"{absent[0]!r} is not there"
+                if absent
+                else "media are not two"
+            )
+            raise ValueError(f"{path}, line {number}: {said}")
+        made.append(row | {"media": media})
+    return made
+
+
+# ---------------------------------------------------------------- the model
+
+
+def local_folder(model: str) -> Path:
+    """The model's folder on this machine, fetched from the hub if need be. Raises ValueError with the way out."""
+    found, offline = find_model(model)
+    return Path(found) if Path(found).is_dir() else Path(snapshot_download(found, local_files_only=offline))
+
+
+def load_model(config: JudgeTraining, folder: Path) -> PreTrainedModel:
+    """The model to train: in float32, where small steps are not lost; a frozen one under LoRA in bfloat16 on GPUs."""
+    half = config.lora is not None and uses_bfloat16(config)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16 if half else torch.float32)
+    if not config.train_vision:
+        model.model.visual.requires_grad_(False)
+    return model
+
+
+def uses_bfloat16(config: JudgeTraining) -> bool:
+    able = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return able if config.precision == "auto" else config.precision == "bfloat16"
+
+
+def adapter(config: JudgeTraining) -> LoraConfig | None:
+    """LoRA on every linear layer but the output's, or None where all weights are trained."""
+    if config.lora is None:
+        return None
+    return LoraConfig(
+        r=config.lora.rank,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        target_modules="all-linear",
+        exclude_modules=None if config.train_vision else r".*\bvisual\..*",
+        task_type="CAUSAL_LM",
+    )
+
+
+# ---------------------------------------------------------------- training
+
+
+def arguments(config: JudgeTraining, fit: Fit, folder: Path) -> dict[str, Any]:
+    """The settings that TRL's stages have in common."""
+    half = uses_bfloat16(config)
+    return {
+        "output_dir": str(folder),
+        "learning_rate": fit.lr,
+        "per_device_train_batch_size": fit.batch,
+        "gradient_accumulation_steps": fit.accumulation,
+        "num_train_epochs": fit.epochs,
+        "max_steps": fit.steps or -1,
+        "warmup_steps": fit.warmup,  # below 1: a share of the steps
+        "lr_scheduler_type": {"constant": "constant_with_warmup"}.get(fit.schedule, fit.schedule),
+        "weight_decay": fit.weight_decay,
+        "max_grad_norm": fit.max_grad_norm,
+        "save_strategy": "steps",  # and at the end
+        "save_steps": fit.checkpoint_every,
+        "save_total_limit": 2,
+        "logging_steps": fit.log_every,
+        "logging_first_step": True,
+        "max_length": None,  # a reply that is cut off teaches to cut off
+        "bf16": half,
+        "use_cpu": not torch.accelerator.is_available(),
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "dataloader_num_workers": config.loader_workers,
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+        "remove_unused_columns": False,  # or the paths would go before they are read
+        "report_to": [] if wandb_mode(config) == "disabled" else ["wandb"],
+        "run_name": f"{config.name}-{folder.name}",
+        "seed": config.seed,
+    }
+
+
+def begin(config: JudgeTraining, fit: Fit, folder: Path, source: Path, data: Path) -> None:
+    """Writes down what the stage is begun with, or compares with what it was begun with.
+
+    Raises:
+        ValueError: the folder holds a stage with other settings or other data.
+    """
+    if not PartialState().is_main_process:
+        return
+    shared = {name: repr(getattr(config, name)) for name in ("image", "video", "lora", "train_vision", "seed")}
+    kept = {k: v for k, v in asdict(fit).items() if k not in ("traces", "checkpoint_every", "log_every")}
+    digest = hashlib.sha256(data.read_bytes()).hexdigest()
+    settings = shared | kept | {"model": str(source), "data": digest}
+    path = folder / SETTINGS
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        other = [f"{k} is {settings.get(k)!r}, not {before.get(k)!r}" for k in settings if settings[k] != before.get(k)]
+        if other:
+            raise ValueError(
+                f"{folder} was begun otherwise ({'; '.join(other)}): give the run another name, or remove {folder} to begin anew"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
+def finished(folder: Path) -> bool:
+    """Whether the stage has saved its judge, which it does whole or not at all."""
+    return (folder / MODEL / "config.json").is_file()
+
+
+def fit_and_export(config: JudgeTraining, trainer: Trainer, folder: Path, source: Path) -> Path:
+    """Trains, from the newest checkpoint if there is one, and saves the judge; returns its folder.
+
+    Args:
+        source: The model folder that the stage began with.
+    """
+    newest = last_checkpoint(folder)
+    trainer.add_callback(Recorder(folder, _step(newest)))
+    with WandbRun(config, folder):
+        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    trainer.accelerator.wait_for_everyone()
+    last = last_checkpoint(folder)
+    assert last is not None, "training ends with a checkpoint"
+    if trainer.accelerator.is_main_process:
+        export(source, last, folder / MODEL)
+    trainer.accelerator.wait_for_everyone()
+    return folder / MODEL
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; its state is what is written last."""
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return path
+    return None
+
+
+def _step(checkpoint: Path | None) -> int:
+    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+
+
+class Recorder(TrainerCallback):
+    """Appends what the trainer logs to metrics.jsonl; what a killed run logged beyond its checkpoint is taken back."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self._path = folder / METRICS
+        if PartialState().is_main_process:
+            kept = [line for line in read_metrics(folder) if line["step"] <= step]
+            self._path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if state.is_world_process_zero and logs and "loss" in logs:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step} | logs) + "\n")
+
+
+def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
+    """What a stage has logged; a last line that was cut off by a kill is passed over."""
+    path = folder / METRICS
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def wandb_mode(config: JudgeTraining) -> str:
+    if config.wandb != "auto":
+        return config.wandb
+    return os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+
+
+class WandbRun:
+    """The W&B run of a stage, the same one after a resume; the trainer's own callback finds it and writes to it."""
+
+    def __init__(self, config: JudgeTraining, folder: Path) -> None:
+        self._config, self._folder = config, folder
+        self._on = wandb_mode(config) != "disabled" and PartialState().is_main_process
+
+    def __enter__(self) -> None:
+        if self._on:
+            import wandb
+
+            name = f"{self._config.name}-{self._folder.name}"
+            identity = hashlib.sha256(str(self._folder.absolute()).encode()).hexdigest()[:10]
+            project, mode = os.environ.get("WANDB_PROJECT", "grpo-flex-judge"), wandb_mode(self._config)
+            wandb.init(project=project, name=name, id=identity, resume="allow", dir=self._folder, mode=mode)
+
+    def __exit__(self, *_: object) -> None:
+        if self._on:
+            import wandb
+
+            wandb.finish()
+
+
+# ---------------------------------------------------------------- export
+
+
+def export(source: Path, checkpoint: Path, folder: Path) -> None:
+    """Writes the judge of a checkpoint as a folder that stands alone.
+
+    Weights have the source's precision, an adapter is merged in float32 before. Tokenizer, processor settings, chat
+    template and whatever else lies beside the source's weights is copied as it is.
+    """
+    adapted = (checkpoint / "adapter_config.json").is_file()
+    model = AutoModelForImageTextToText.from_pretrained(source if adapted else checkpoint, dtype=torch.float32)
+    if adapted:
+        model = PeftModel.from_pretrained(model, str(checkpoint)).merge_and_unload()
+    scratch = folder.with_name(folder.name + ".new")
+    shutil.rmtree(scratch, ignore_errors=True)
+    shutil.copytree(source, scratch, ignore=shutil.ignore_patterns(*_WEIGHTS, ".*"))
+    stored = AutoConfig.from_pretrained(source).dtype or torch.float32
+    model.to(stored).save_pretrained(scratch)
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.rename(folder)
