@@ -12,7 +12,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export WANDB_ERROR_REPORTING := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-judge serve-judge train-image-grpo testbed-models train-judge evaluate check test clean
+.PHONY: help setup setup-judge serve-judge train-image-grpo train-video-grpo testbed-models train-judge evaluate check test clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -27,6 +27,9 @@ $(VENV)/.done: pyproject.toml
 
 train-image-grpo: setup  ## train the tiny FLUX: a new run, or RESUME=runs/NAME; ARGS="field=value …"
 	@$(PY) -m grpo_flex train experiments/shapes_image.py $(if $(RESUME),--resume $(RESUME)) $(ARGS)
+
+train-video-grpo: setup  ## the same for the tiny Wan, whose weights are not here yet: python -m testbed.train_wan makes them (hours)
+	@$(PY) -m grpo_flex train experiments/shapes_video.py $(if $(RESUME),--resume $(RESUME)) $(ARGS)
 
 evaluate: setup  ## score a run's adapter on held-out prompts: RUN=runs/NAME
 	@$(PY) -m grpo_flex evaluate $(RUN)
@@ -56,8 +59,9 @@ serve-judge: setup-judge $(if $(RAY_ADDRESS),setup)  ## host a judge until Ctrl-
 testbed-models: setup  ## rebuild the testbed's weights (hours on a laptop; resumable)
 	$(PY) -m testbed.train_flux
 
-train-judge: setup  ## train the testbed's tiny judge from nothing (an hour or two; resumable)
-	$(PY) -m testbed.train_judge
+train-judge: setup setup-judge  ## train the testbed's tiny judge from nothing (hours; resumable)
+	$(PY) -m testbed.train_judge --output testbed/.build/judge_pretrained
+	$(PY) -m testbed.refine_judge
 	$(PY) -m testbed.measure_judge --card
 
 check: setup  ## ruff and pyright

@@ -179,19 +179,12 @@ def ask(config: RunConfig, group: RolloutGroup, step: int) -> list[Verdict]:
 
 
 def compare(members: tuple[int, int], one: Score, two: Score, toss: int) -> Verdict:
-    """The oracle judge's rules: alignment decides, then quality and composition, then a coin."""
-    from testbed.oracle_judge import merit
+    """A faultless oracle judge's verdict."""
+    from testbed.oracle_judge import winners
 
-    def better(a: float, b: float, otherwise: int) -> int:
-        return otherwise if a == b else int(b > a)
-
-    overall = better(*merit(one, two), toss)
-    dimensions = {
-        "alignment": float(better(one.alignment, two.alignment, overall)),
-        "quality": float(better(one.quality, two.quality, overall)),
-        "aesthetics": float(better(one.composition, two.composition, overall)),
-    }
-    return Verdict(members=members, status="ok", winner=float(overall), dimensions=dimensions)
+    *dimensions, overall = map(float, winners(one, two, toss))
+    named: dict[str, float] = dict(zip(("alignment", "quality", "aesthetics"), dimensions, strict=True))
+    return Verdict(members=members, status="ok", winner=overall, dimensions=named)
 
 
 def heldout_scores(worker: RolloutWorker, learner: Learner, heldout: Sequence[Prompt]) -> dict[str, float]:

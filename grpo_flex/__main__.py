@@ -1,9 +1,11 @@
-"""The command line: train, evaluate, compare, report, verdicts, status."""
+"""The command line: train, plan, evaluate, compare, report, verdicts, status."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from grpo_flex.config import ConfigError, RunConfig, load_experiment, override, to_json
@@ -43,19 +45,56 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.resume:
         words = words if not words or "=" in words[0] else words[1:]
         resume = Path(arguments.resume)
-        config = resumed_config(resume, words)
+        config = resumed_config(resume, [*_model(arguments), *words])
     else:
-        resume, config = None, _experiment(words)
+        resume, config = None, _experiment(words, _model(arguments))
     config.validate()
     if arguments.dry_run:
         return _dry_run(config)
     return train(config, resume)
 
 
-def _experiment(words: list[str]) -> RunConfig:
+def _experiment(words: list[str], first: Sequence[str] = ()) -> RunConfig:
+    """The experiment that ``words`` name, with ``first`` and then their own overrides."""
     if not words or "=" in words[0]:
         raise ConfigError("which experiment? e.g. python -m grpo_flex train experiments/shapes_image.py")
-    return override(load_experiment(words[0]), words[1:])
+    return override(load_experiment(words[0]), [*first, *words[1:]])
+
+
+def _model(arguments: argparse.Namespace) -> list[str]:
+    """--model PATH is short for generator.model=PATH."""
+    return [f"generator.model={arguments.model}"] if arguments.model else []
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from grpo_flex.plan import make_plan
+    from grpo_flex.plan_report import report
+    from grpo_flex.run import quieten
+
+    a = arguments
+    config = _experiment([w for w in a.experiment_and_overrides if w], _model(a))
+    config.validate()
+    _check_hardware(config, a)
+    quieten()
+    for line in report(make_plan(config), a.gpus, a.gpu_memory, a.tflops, a.judge_rate):
+        print(line, flush=True)
+    return 0
+
+
+def _check_hardware(config: RunConfig, arguments: argparse.Namespace) -> None:
+    """Refuse numbers that a plan cannot be compared with."""
+    for name in ("gpus", "gpu_memory", "tflops", "judge_rate"):
+        value = getattr(arguments, name)
+        if not 0 <= value < math.inf:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it needs to be a number of 0 or more")
+    if (arguments.gpus > 0) != (arguments.gpu_memory > 0):
+        raise ConfigError("--gpus and --gpu-memory belong together: how many cards, and the GiB of each")
+    place = config.placement
+    if arguments.gpus and not (place.rollout_gpus or place.learner_gpus):
+        raise ConfigError(
+            "placement.rollout_gpus and placement.learner_gpus are 0, so this experiment runs on CPUs and no GPU would hold "
+            "anything; set them, or leave out --gpus and --gpu-memory"
+        )
 
 
 def _dry_run(config: RunConfig) -> int:
@@ -142,6 +181,17 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", metavar="RUN", help="continue runs/NAME from its newest checkpoint")
     train.add_argument("--dry-run", action="store_true", help="check and print the configuration, start nothing")
     train.set_defaults(run=_train)
+
+    train.add_argument("--model", metavar="PATH", help="a saved pipeline or a Hub id: short for generator.model=PATH")
+
+    plan = commands.add_parser("plan", help="what an experiment needs: memory, FLOPs, judge calls; without a GPU")
+    plan.add_argument("experiment_and_overrides", nargs="*", metavar="EXPERIMENT [field=value …]")
+    plan.add_argument("--model", metavar="PATH", help="a saved pipeline or a Hub id: short for generator.model=PATH")
+    plan.add_argument("--gpus", type=int, default=0, metavar="N", help="cards that there are")
+    plan.add_argument("--gpu-memory", type=float, default=0.0, metavar="GIB", help="of each card")
+    plan.add_argument("--tflops", type=float, default=0.0, metavar="X", help="what one GPU sustains, 10¹² a second")
+    plan.add_argument("--judge-rate", type=float, default=0.0, metavar="X", help="verdicts a second")
+    plan.set_defaults(run=_plan)
 
     evaluate = commands.add_parser("evaluate", help="score a run's adapter, or any, on the held-out prompts")
     evaluate.add_argument("run_dir", nargs="?", metavar="RUN", help="a run directory")

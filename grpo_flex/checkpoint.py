@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -17,12 +18,16 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be written or read; the message says which file, and the way out."""
 
 
-def save(run_dir: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+def save(
+    run_dir: Path, step: int, state: dict[str, Any], keep: int, score: float | None = None, keep_best: bool = False
+) -> Path:
     """Write checkpoints/step_<n>/ atomically and drop all but the newest ``keep``.
 
     Args:
         step: training steps completed.
         state: the learner's state, tensors on the CPU.
+        score: the held-out score at this step, where it was measured.
+        keep_best: keep the one with the highest score too, however old it is.
 
     Raises:
         CheckpointError: no space or no permission; older checkpoints stay as they are.
@@ -37,7 +42,7 @@ def save(run_dir: Path, step: int, state: dict[str, Any], keep: int) -> Path:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         torch.save(state, aside / _STATE)
-        info = {"step": step, "sha256": _digest(aside / _STATE)}
+        info = {"step": step, "sha256": _digest(aside / _STATE), "score": score}
         (aside / _INFO).write_text(json.dumps(info))
         for path in (aside / _STATE, aside / _INFO, aside):
             _sync(path)
@@ -50,8 +55,31 @@ def save(run_dir: Path, step: int, state: dict[str, Any], keep: int) -> Path:
             f"the checkpoint of step {step} could not be written to {folder}: {error}; earlier checkpoints are untouched: free space or fix permissions, then --resume"
         ) from error
     for old in complete(run_dir)[:-keep]:
-        shutil.rmtree(old)
+        if not (keep_best and old == best(run_dir)):
+            _remove(old)
     return folder
+
+
+def best(run_dir: Path) -> Path | None:
+    """The finished checkpoint with the highest held-out score; the newest of equals, None where none was measured."""
+    scored = [(score, folder) for folder in complete(run_dir) if (score := _score(folder)) is not None]
+    return max(scored)[1] if scored else None
+
+
+def _score(folder: Path) -> float | None:
+    try:
+        score = json.loads((folder / _INFO).read_text()).get("score")
+        return score if score == score else None  # NaN: nobody could score it
+    except (OSError, ValueError, AttributeError):  # damaged, which ``load`` says when it is to be read
+        return None
+
+
+def _remove(folder: Path) -> None:
+    """Under a name that no longer counts first: a kill half way leaves nothing that looks complete."""
+    doomed = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def complete(run_dir: Path) -> list[Path]:
@@ -79,7 +107,10 @@ def load(run_dir: Path) -> tuple[int, dict[str, Any]]:
         raise CheckpointError(_damaged(newest, there, str(error))) from error
     if not intact:
         raise CheckpointError(_damaged(newest, there, "its checksum does not match"))
-    return int(info["step"]), torch.load(newest / _STATE, weights_only=True, map_location="cpu")
+    try:
+        return int(info["step"]), torch.load(newest / _STATE, weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, TypeError, KeyError) as error:
+        raise CheckpointError(_damaged(newest, there, _first_line(error))) from error
 
 
 def _damaged(newest: Path, there: list[Path], why: str) -> str:
@@ -89,6 +120,10 @@ def _damaged(newest: Path, there: list[Path], why: str) -> str:
         else "no older one is kept, so the run has to start anew"
     )
     return f"the checkpoint {newest} is damaged ({why}); {way_out}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _digest(path: Path) -> str:

@@ -8,135 +8,36 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import ray.exceptions
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from grpo_flex import verdicts
+from grpo_flex.actors import ColocatedActor, JudgeActor, LearnerActor, RolloutActor, ScorerActor, Scribe
 from grpo_flex.config import ConfigError, Judge, RunConfig
 from grpo_flex.endpoints import EndpointState
-from grpo_flex.judging import JudgeClient
-from grpo_flex.learner import Learner
-from grpo_flex.rollout import HELDOUT_BATCH, RolloutWorker
-from grpo_flex.scorers import label, score_group
+from grpo_flex.fleet import Fleet, Job
+from grpo_flex.learner_group import LearnerGroup
+from grpo_flex.rollout import HELDOUT_BATCH
+from grpo_flex.scorers import label
 from grpo_flex.types import Adapter, Prompt, RolloutGroup, Sample, UpdateBatch, UpdateResult, Verdict
 
 _STATES = {"ALIVE": "alive", "RESTARTING": "restarting", "DEAD": "dead"}
 """Ray's words for an actor, and ours; all others are on the way to "alive"."""
 
+PREPARED_TOGETHER = 64
+"""Prompts of one call to a worker: few enough to be encoded long before it would be taken for hung."""
 
-class _RolloutActor:
-    """Loads on first use: a failure is then an ordinary error of a call, and a restarted actor heals itself."""
-
-    def __init__(self, config: RunConfig, device: str, name: str) -> None:
-        self.arguments = (config, device, name)
-
-    @cached_property
-    def worker(self) -> RolloutWorker:
-        return RolloutWorker(*self.arguments)
-
-    def use(self, adapter: Adapter) -> None:
-        self.worker.use(adapter)
-
-    def generate(self, step: int, prompt: Prompt, adapter: Adapter) -> RolloutGroup:
-        return self.worker.generate(step, prompt, adapter)
-
-    def evaluate(self, prompts: Sequence[Prompt], adapter: Adapter) -> list[Sample]:
-        return self.worker.evaluate(prompts, adapter)
-
-
-class _LearnerActor:
-    def __init__(self, config: RunConfig, device: str) -> None:
-        self.arguments = (config, device)
-
-    @cached_property
-    def learner(self) -> Learner:
-        return Learner(*self.arguments)
-
-    def update(self, batch: UpdateBatch, step: int) -> UpdateResult:
-        return self.learner.update(ray.get(list(batch.groups)), batch.advantages, step)
-
-    def adapter(self) -> Adapter:
-        return self.learner.adapter()
-
-    def evaluation_adapter(self) -> Adapter:
-        return self.learner.evaluation_adapter()
-
-    def state(self) -> dict[str, Any]:
-        return self.learner.state()
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.learner.load_state(state)
-
-    def save_adapter(self, folder: str) -> str:
-        return str(self.learner.save_adapter(Path(folder)))
-
-
-class _ScorerActor:
-    def __init__(self, scorer: Any, threads: int, gpus: float) -> None:
-        if not gpus:  # Ray leaves all devices visible to an actor that asked for none
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        import torch
-
-        torch.set_num_threads(threads)
-        self.scorer = scorer
-
-    def load(self) -> None:
-        load: Any = getattr(self.scorer, "load", None)
-        if load is not None:
-            load()
-
-    def score(self, group: RolloutGroup) -> list[Verdict]:
-        return score_group(self.scorer, group.media_G, group.prompt)
-
-
-class _Scribe:
-    """Keeps the verdicts' file, which has one writer; all that a run without a judge needs of the judge's actor."""
-
-    def __init__(self, verdict_path: str) -> None:
-        self.log = verdicts.VerdictLog(verdict_path)
-
-    async def record(self, step: int, prompt: Prompt, given: Sequence[Verdict]) -> None:
-        for verdict in given:
-            self.log.add(step + 1, prompt.id, prompt.text, verdict)
-        self.log.flush()
-
-    async def report(self) -> dict[str, float]:
-        return {}
-
-    async def states(self) -> list[EndpointState]:
-        return []
-
-    async def close(self) -> None:
-        self.log.flush()
-
-
-class _JudgeActor(_Scribe):
-    """The judge client in an event loop of its own: one connection pool for the whole run."""
-
-    def __init__(self, verdict_path: str, judge: Judge, endpoints: tuple[str, ...]) -> None:
-        self.client = JudgeClient(judge, verdict_path, endpoints)
-        self.log = self.client.log
-
-    async def judge(self, group: RolloutGroup, seed: int, previous: Sequence[Verdict] = ()) -> list[Verdict]:
-        return await self.client.judge(group, seed, previous)
-
-    async def healthy(self) -> bool:
-        return await self.client.wait_until_healthy(0.0, heartbeat=lambda _: None)
-
-    async def report(self) -> dict[str, float]:
-        return self.client.counters() | await self.client.cache_hit_rates()
-
-    async def states(self) -> list[EndpointState]:
-        return self.client.states()
-
-    async def close(self) -> None:
-        await self.client.close()
+Resources = dict[str, float]
+"""What one process asks for, e.g. {"CPU": 1.0, "GPU": 1.0}; without what it does not need."""
 
 
 class Cluster:
@@ -144,57 +45,55 @@ class Cluster:
 
     def __init__(self, config: RunConfig, run_dir: Path, endpoints: tuple[str, ...]) -> None:
         self.config = config
+        self.say: Callable[[str], None] = lambda text: None
+        """Where to tell a person that a process was lost or joined."""
+        self.stopping: Callable[[], bool] = lambda: False
+        """Whether the run is being stopped, so that nobody is to be started again."""
         place = config.placement
         self._local = connect(config)
         try:
-            self._check_resources()
+            self._bundles = seats(config)
+            self._group = reserve(self._bundles, 0.0 if self._local else place.wait_s)
         except ConfigError:
             ray.shutdown()
             raise
-        rollout: Any = ray.remote(_RolloutActor).options(
-            num_cpus=place.rollout_cpus, num_gpus=place.rollout_gpus, max_restarts=5, max_task_retries=5
-        )  # a worker that dies is started again and its group sampled again, from the same seeds
-        device = "cuda" if place.rollout_gpus else "cpu"
-        self._workers = [rollout.remote(config, device, f"rollout-{i}") for i in range(place.rollout_workers)]
-        learner: Any = ray.remote(_LearnerActor).options(num_cpus=place.learner_cpus, num_gpus=place.learner_gpus)
-        self._learner: Any = learner.remote(config, "cuda" if place.learner_gpus else "cpu")
-        scorer: Any = ray.remote(_ScorerActor).options(
-            num_cpus=place.scorer_cpus, num_gpus=place.scorer_gpus, max_restarts=5, max_task_retries=5
-        )
-        self._scorers = [scorer.remote(s, place.threads_per_worker, place.scorer_gpus) for s in config.scorers]
         self._judge = _start_judge(config.judge, endpoints, str((run_dir / verdicts.FILE_NAME).resolve()))
-        self._named = self._names()
+        scorer: Any = ray.remote(ScorerActor)
+        self._scorers = {
+            label(s): scorer.options(max_restarts=5, max_task_retries=5, **self._seat(label(s))).remote(
+                s, place.threads_per_worker, place.scorer_gpus
+            )
+            for s in config.scorers
+        }
+        self._learners = LearnerGroup(
+            self._start_learner,
+            place.learners,
+            restarts=place.learner_restarts,
+            timeout_s=place.update_timeout_s,
+            say=lambda text: self.say(text),
+            stopping=lambda: self.stopping(),
+        )
+        self._fleet = Fleet(
+            self._colocated_worker if place.colocated else self._start_worker,
+            _learner_names(config) if place.colocated else _worker_names(config),
+            timeout_s=place.rollout_timeout_s,
+            restarts=place.rollout_restarts,
+            joining=self._joining,
+            say=lambda text: self.say(text),
+        )
         self._states: list[EndpointState] = []
         self._states_asked: ray.ObjectRef[list[EndpointState]] | None = None
-        self._turn = 0
+        self._next_join = 0.0
 
     def __enter__(self) -> Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for actor in self._named.values():
+        for actor in self._actors().values():
             ray.kill(actor)
+        ray.util.remove_placement_group(self._group)
         if self._local:
             ray.shutdown()
-
-    def _check_resources(self) -> None:
-        place, there, scorers = self.config.placement, ray.cluster_resources(), len(self.config.scorers)
-        for kind, rollout, learner, scorer in (
-            ("CPU", place.rollout_cpus, place.learner_cpus, place.scorer_cpus),
-            ("GPU", place.rollout_gpus, place.learner_gpus, place.scorer_gpus),
-        ):
-            needed = place.rollout_workers * rollout + learner + scorers * scorer
-            more = f" + {scorers} scorers × {scorer:g}" if scorers else ""
-            if needed > there.get(kind, 0):
-                raise ConfigError(
-                    f"placement needs {needed:g} {kind}s ({place.rollout_workers} rollout workers × {rollout:g} + learner {learner:g}{more}), "
-                    f"but the Ray cluster has {there.get(kind, 0):g}; lower placement.rollout_workers or placement.*_{kind.lower()}s"
-                )
-
-    def _names(self) -> dict[str, Any]:
-        workers = {f"rollout-{i}": actor for i, actor in enumerate(self._workers)}
-        scorers = {label(s): actor for s, actor in zip(self.config.scorers, self._scorers, strict=True)}
-        return workers | {"learner": self._learner} | scorers | {"judge client": self._judge}
 
     def wait_until_ready(self) -> None:
         """Block until every actor has loaded its model.
@@ -203,22 +102,51 @@ class Cluster:
             ValueError: what a constructor refused (a model that cannot be loaded, targets that match nothing).
         """
         with _plain_errors():
-            ready = [worker.use.remote(self.publish()) for worker in self._workers]
-            ray.get([*ready, *(scorer.load.remote() for scorer in self._scorers)])
+            self._learners.meet()
+            self._fleet.wait_until_ready()
+            ray.get([scorer.load.remote() for scorer in self._scorers.values()])
+
+    def prepare(self, prompts: Sequence[Prompt]) -> None:
+        """Check all prompts of the run, and encode them where encodings are kept; the workers share it out.
+
+        Raises:
+            ValueError: a prompt that the generator could not take whole.
+        """
+        with _plain_errors():
+            shares = [prompts[i : i + PREPARED_TOGETHER] for i in range(0, len(prompts), PREPARED_TOGETHER)]
+            self._fleet.wait([self._fleet.submit("prepare", share) for share in shares])
+
+    # ------------------------------------------------------------ work
 
     def publish(self) -> ray.ObjectRef[Adapter]:
         """Put the learner's current adapter into the object store; workers fetch it by this reference."""
-        return self._learner.adapter.remote()
+        return self._learners.publish("sampling")
 
     def publish_evaluation(self) -> ray.ObjectRef[Adapter]:
         """The same for held-out samples: the adapter's average."""
-        return self._learner.evaluation_adapter.remote()
+        return self._learners.publish("evaluation")
+
+    def publish_base(self) -> ray.ObjectRef[Adapter]:
+        """The same for the base model."""
+        return self._learners.publish("base")
 
     def generate(
-        self, step: int, prompts: Sequence[Prompt], adapter: ray.ObjectRef[Adapter]
-    ) -> list[ray.ObjectRef[RolloutGroup]]:
-        """One reference for each prompt's group, dealt out among the workers at once."""
-        return [self._next_worker().generate.remote(step, prompt, adapter) for prompt in prompts]
+        self,
+        step: int,
+        prompt: Prompt,
+        adapter: ray.ObjectRef[Adapter],
+        follow: Callable[[ray.ObjectRef[RolloutGroup]], None],
+    ) -> Job:
+        """Let a worker sample the group of a prompt; see ``Job.follow``."""
+        return self._fleet.submit("generate", step, prompt, adapter, follow=follow)
+
+    def wait(self, jobs: Sequence[Job], look: Callable[[], None]) -> None:
+        """Until all groups are there; ``look`` is called about twice a second."""
+        self._fleet.wait(jobs, look)
+
+    def tend(self) -> None:
+        """Start lost workers again and give their work to others; let new ones join."""
+        self._fleet.tend()
 
     def judge(
         self, group: ray.ObjectRef[RolloutGroup], seed: int, previous: Sequence[Verdict] = ()
@@ -226,9 +154,15 @@ class Cluster:
         """Verdicts on one group; asking begins as soon as the group exists. Usable ``previous`` ones are kept."""
         return self._judge.judge.remote(group, seed, previous)
 
+    def compare(
+        self, prompt: Prompt, step: int, seed: int, one: ray.ObjectRef[np.ndarray], two: np.ndarray
+    ) -> ray.ObjectRef[list[Verdict]]:
+        """The judge's verdicts on two media of one prompt: a group of two without trajectories."""
+        return self._judge.compare.remote(prompt, step, seed, one, two)
+
     def score(self, group: ray.ObjectRef[RolloutGroup]) -> list[ray.ObjectRef[list[Verdict]]]:
         """One reference for each scorer's verdicts on one group; scoring begins as soon as the group exists."""
-        return [scorer.score.remote(group) for scorer in self._scorers]
+        return [scorer.score.remote(group) for scorer in self._scorers.values()]
 
     def record(self, step: int, prompt: Prompt, given: Sequence[Verdict]) -> None:
         """Write a scorer's verdicts to the verdicts' file, beside the judge's; returns at once."""
@@ -247,59 +181,223 @@ class Cluster:
             self._states, self._states_asked = ray.get(done[0]), None
         return self._states
 
-    def worker_states(self) -> dict[str, str]:
-        """What became of each process, e.g. {"rollout-0": "alive, restarted once"}; about a millisecond.
-
-        From Ray's own table: its public state API needs the dashboard, which a run does without.
-        """
-        from ray._private.state import actors
-
-        table = actors(job_id=ray.JobID.from_hex(ray.get_runtime_context().get_job_id()))
-        return {name: _state(table.get(actor._actor_id.hex(), {})) for name, actor in self._named.items()}
-
     def judge_is_healthy(self) -> bool:
         return ray.get(self._judge.healthy.remote())
 
     def evaluate(self, prompts: Sequence[Prompt], adapter: ray.ObjectRef[Adapter]) -> Iterator[Sample]:
         """Held-out samples in the order of the prompts."""
         chunks = [list(prompts[i : i + HELDOUT_BATCH]) for i in range(0, len(prompts), HELDOUT_BATCH)]
-        for samples in [self._next_worker().evaluate.remote(chunk, adapter) for chunk in chunks]:
-            yield from ray.get(samples)
+        jobs = [self._fleet.submit("evaluate", chunk, adapter) for chunk in chunks]
+        self._fleet.wait(jobs)
+        for job in jobs:
+            yield from ray.get(job.result)
 
     def update(self, batch: UpdateBatch, step: int) -> UpdateResult:
-        return ray.get(self._learner.update.remote(batch, step))
+        return self._learners.update(batch, step)
 
     def learner_state(self) -> dict[str, Any]:
-        return ray.get(self._learner.state.remote())
+        """After the last completed step, even if every learner is gone."""
+        return self._learners.state()
 
     def load_learner_state(self, state: dict[str, Any]) -> None:
         with _plain_errors():
-            ray.get(self._learner.load_state.remote(state))
+            self._learners.load_state(state)
 
-    def save_adapter(self, folder: Path) -> Path:
-        return Path(ray.get(self._learner.save_adapter.remote(str(folder.resolve()))))
+    def save_adapter(self, folder: Path) -> None:
+        """Write the exported adapter's files."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self._learners.adapter_files().items():
+            (folder / name).write_bytes(content)
 
     def close_judge(self) -> None:
         ray.get(self._judge.close.remote())
 
-    def _next_worker(self) -> Any:
-        self._turn += 1
-        return self._workers[self._turn % len(self._workers)]
+    # ------------------------------------------------------------ who is there
+
+    def worker_states(self) -> dict[str, str]:
+        """What became of each process, e.g. {"rollout-0": "alive, restarted once"}; about a millisecond."""
+        restarts = {name: worker.restarts for name, worker in self._fleet.workers.items()}
+        restarts |= dict.fromkeys(_learner_names(self.config), self._learners.restarts)
+        table = self._table()
+        return {
+            name: _state(table.get(actor._actor_id.hex(), {}), restarts.get(name, 0))
+            for name, actor in self._actors().items()
+        }
+
+    def seating(self) -> list[tuple[str, str, str]]:
+        """(process, node, what it asked for) of every process, for a person to read."""
+        table, rows = self._table(), []
+        for name, actor in self._actors().items():
+            where = table.get(actor._actor_id.hex(), {}).get("Address", {})
+            node = _node(where.get("IPAddress", "?"), where.get("NodeID", ""))
+            asked = self._bundles.get(name, {})
+            rows.append((name, node, ", ".join(f"{n:g} {kind}" for kind, n in asked.items()) or "-"))
+        return rows
+
+    def _table(self) -> dict[str, Any]:
+        """Ray's own table of actors: its public state API needs the dashboard, which a run does without."""
+        from ray._private.state import actors
+
+        return actors(job_id=ray.JobID.from_hex(ray.get_runtime_context().get_job_id()))
+
+    def _actors(self) -> dict[str, Any]:
+        learners = dict(zip(_learner_names(self.config), self._learners.actors, strict=True))
+        workers = {name: worker.actor for name, worker in sorted(self._fleet.workers.items())}
+        return workers | learners | self._scorers | {"judge client": self._judge}
+
+    # ------------------------------------------------------------ starting
+
+    def _seat(self, name: str) -> dict[str, Any]:
+        """Ray's options for a process: its bundle of the reservation, or, for one that joined, any free place."""
+        asked = self._bundles.get(name, {})
+        options: dict[str, Any] = {"num_cpus": asked.get("CPU", 0.0), "num_gpus": asked.get("GPU", 0.0)}
+        if name not in self._reserved:
+            return options
+        strategy = PlacementGroupSchedulingStrategy(self._group, self._reserved.index(name))
+        return options | {"scheduling_strategy": strategy}
+
+    @property
+    def _reserved(self) -> list[str]:
+        return [name for name, asked in self._bundles.items() if asked][: self._group.bundle_count]
+
+    def _start_worker(self, name: str, lost: Any = None) -> Any:
+        actor: Any = ray.remote(RolloutActor)
+        device = "cuda" if self.config.placement.rollout_gpus else "cpu"
+        return actor.options(**self._seat(name)).remote(self.config, device, name)
+
+    def _start_learner(self, rank: int) -> Any:
+        place = self.config.placement
+        actor: Any = ray.remote(ColocatedActor if place.colocated else LearnerActor)
+        name = _learner_names(self.config)[rank]
+        return actor.options(**self._seat(name)).remote(self.config, "cuda" if place.learner_gpus else "cpu", rank)
+
+    def _colocated_worker(self, name: str, lost: Any = None) -> Any:
+        """The learner of that name; started again, with all others, if it is the one that is lost."""
+        if lost is not None:
+            self._learners.replace(lost)
+        return self._learners.actors[_learner_names(self.config).index(name)]
+
+    def _joining(self, there: int) -> str | None:
+        """The name of one more worker, if ``placement.rollout_workers_max`` allows it and a node has room."""
+        place = self.config.placement
+        if place.colocated or there >= place.rollout_workers_max or time.monotonic() < self._next_join:
+            return None
+        self._next_join = time.monotonic() + JOIN_S
+        asked = _asks(place.rollout_cpus, place.rollout_gpus)
+        if not any(_has(free, asked) for free in _free_by_node().values()):
+            return None
+        name = next(n for i in range(place.rollout_workers_max) if (n := f"rollout-{i}") not in self._fleet.workers)
+        self._bundles.setdefault(name, asked)
+        return name
+
+
+JOIN_S = 5.0
+"""Between two looks for room for one more worker."""
+
+
+def seats(config: RunConfig) -> dict[str, Resources]:
+    """Every process by name with what it asks for, in the order of the reservation."""
+    place = config.placement
+    learners = dict.fromkeys(_learner_names(config), _asks(place.learner_cpus, place.learner_gpus))
+    workers = [] if place.colocated else _worker_names(config)
+    rollout = dict.fromkeys(workers, _asks(place.rollout_cpus, place.rollout_gpus))
+    return learners | rollout | {label(s): _asks(place.scorer_cpus, place.scorer_gpus) for s in config.scorers}
+
+
+def _learner_names(config: RunConfig) -> list[str]:
+    count = config.placement.learners
+    return ["learner"] if count == 1 else [f"learner-{rank}" for rank in range(count)]
+
+
+def _worker_names(config: RunConfig) -> list[str]:
+    return [f"rollout-{i}" for i in range(config.placement.rollout_workers)]
+
+
+def _asks(cpus: float, gpus: float) -> Resources:
+    return {kind: float(n) for kind, n in (("CPU", cpus), ("GPU", gpus)) if n}
+
+
+def reserve(wanted: dict[str, Resources], wait_s: float) -> Any:
+    """A placement group with one bundle for each process that asks for something, in the order of ``wanted``.
+
+    Args:
+        wait_s: how long an autoscaler may take to start the nodes.
+
+    Raises:
+        ConfigError: the cluster does not offer that much, in all or on single nodes.
+    """
+    until = time.monotonic() + wait_s
+    while complaint := _too_little(wanted):
+        if time.monotonic() > until:
+            raise ConfigError(complaint)
+        time.sleep(min(1.0, wait_s))
+    bundles = [asked for asked in wanted.values() if asked]
+    group = placement_group(bundles or [{"CPU": 0.001}], strategy="PACK")
+    if not group.wait(max(RESERVE_S, until - time.monotonic())):
+        ray.util.remove_placement_group(group)
+        free = "; ".join(f"{node}: {_spell(has)}" for node, has in sorted(_free_by_node().items()))
+        asked = ", ".join(f"{name} {_spell(ask)}" for name, ask in wanted.items())
+        raise ConfigError(
+            f"placement cannot be met: no arrangement on these nodes holds {asked} (free: {free}); something else may be "
+            "running there; ask for less with placement.*, or wait longer with placement.wait_s"
+        )
+    return group
+
+
+RESERVE_S = 30.0
+"""How long Ray may take to reserve what is free."""
+
+
+def _too_little(wanted: dict[str, Resources]) -> str | None:
+    """What the whole cluster lacks."""
+    there = ray.cluster_resources()
+    for kind in ("CPU", "GPU"):
+        needed = sum(asked.get(kind, 0.0) for asked in wanted.values())
+        if needed > there.get(kind, 0.0):
+            parts = ", ".join(f"{name} {asked[kind]:g}" for name, asked in wanted.items() if kind in asked)
+            return (
+                f"placement needs {needed:g} {kind}s ({parts}), but the Ray cluster has {there.get(kind, 0.0):g}; lower "
+                f"placement.rollout_workers, placement.learners or placement.*_{kind.lower()}s"
+            )
+    return None
+
+
+def _free_by_node() -> dict[str, Resources]:
+    """Each living node -> what nobody uses there."""
+    from ray._private.state import available_resources_per_node
+
+    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    free: dict[str, Any] = available_resources_per_node()
+    return {_node(addresses[i], i): dict(has) for i, has in free.items() if i in addresses}
+
+
+def _node(address: str, node_id: str) -> str:
+    """A node's name for a person: several may share an address."""
+    return f"{address}/{node_id[:4]}"
+
+
+def _has(free: Resources, asked: Resources) -> bool:
+    return all(free.get(kind, 0.0) >= n for kind, n in asked.items())
+
+
+def _spell(resources: Resources) -> str:
+    return " ".join(f"{resources.get(kind, 0.0):g} {kind}" for kind in ("CPU", "GPU") if kind in resources) or "nothing"
 
 
 def _start_judge(judge: Judge | None, endpoints: tuple[str, ...], verdict_path: str) -> Any:
-    """The judge client's actor, or the one that only keeps the scorers' verdicts."""
-    options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 1000}
+    """The judge client's actor, or the one that only keeps the scorers' verdicts; where the run's directory is."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": here}
     if judge is None:
-        scribe: Any = ray.remote(_Scribe).options(**options)
+        scribe: Any = ray.remote(Scribe).options(**options)
         return scribe.remote(verdict_path)
-    actor: Any = ray.remote(_JudgeActor).options(**options)
+    actor: Any = ray.remote(JudgeActor).options(**options)
     return actor.remote(verdict_path, judge, endpoints)
 
 
-def _state(actor: dict[str, Any]) -> str:
-    """One line of Ray's table of actors, in words."""
-    state, restarts = _STATES.get(actor.get("State", ""), "starting"), actor.get("NumRestarts", 0)
+def _state(actor: dict[str, Any], restarts: int) -> str:
+    """One line of Ray's table of actors, in words; ``restarts`` are those that we made."""
+    state, restarts = _STATES.get(actor.get("State", ""), "starting"), actor.get("NumRestarts", 0) + restarts
     return state + (f", restarted {restarts} times" if restarts > 1 else ", restarted once" if restarts else "")
 
 
@@ -340,8 +438,7 @@ def connect(config: RunConfig) -> bool:
         except ConnectionError as error:
             raise nobody from error
         return False
-    place = config.placement
-    needed = place.rollout_workers * place.rollout_cpus + place.learner_cpus + len(config.scorers) * place.scorer_cpus
+    needed = sum(asked.get("CPU", 0.0) for asked in seats(config).values())
     # Rollout and update take turns on a small machine, so logical CPUs may exceed the real ones.
     cpus = max(os.cpu_count() or 1, int(needed + 0.999))
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)

@@ -40,7 +40,7 @@ def compare(run_dirs: Sequence[str | Path], picture: str | Path = "comparison.pn
 
     Args:
         run_dirs: Run directories, 1 to 8. Runs may be unfinished.
-        picture: Where to write the held-out curves and the grid of final samples (PNG).
+        picture: Where to write the held-out curves and the grid of final samples (PNG; clips play in an mp4 beside it).
 
     Raises:
         ValueError: a directory that is no run, or more runs than can be told apart.
@@ -56,7 +56,8 @@ def compare(run_dirs: Sequence[str | Path], picture: str | Path = "comparison.pn
     picture = Path(picture)
     picture.parent.mkdir(parents=True, exist_ok=True)
     pictures.save_png(drawn, picture)
-    return f"{text}Curves and samples: {picture}\n"
+    film = _film(runs, picture.with_suffix(".mp4"))
+    return f"{text}{f'Clips: {film}{chr(10)}' if film else ''}Curves and samples: {picture}\n"
 
 
 def _load_all(run_dirs: Sequence[str | Path]) -> list[_Run]:
@@ -190,15 +191,29 @@ def _curves(runs: Sequence[_Run], key: str | None) -> Image | None:
 
 
 def _grid(runs: Sequence[_Run]) -> Image | None:
+    cells = _cells(runs, None)
+    return pictures.draw_grid(cells, "The same prompts", pictures.WIDEST) if cells else None
+
+
+def _film(runs: Sequence[_Run], path: Path) -> Path | None:
+    """The same prompts as clips that play side by side; None where there are only pictures."""
+    frames = max((len(sample.media) for run in runs for sample in (*run.before, *run.after)), default=1)
+    if frames == 1 or not _cells(runs, 0):
+        return None
+    sheets = (pictures.draw_grid(_cells(runs, k), "The same prompts", pictures.WIDEST) for k in range(frames))
+    pictures.write_mp4(path, list(sheets), float(runs[0].config.get("generator.fps", pictures.FPS)))
+    return path
+
+
+def _cells(runs: Sequence[_Run], frame: int | None) -> list[pictures.Cell]:
     """For each prompt that every run with samples has: the base model's picture, then each run's."""
     drawn = [run for run in runs if run.after or run.before]
     if not drawn:
-        return None
+        return []
     by_run = [_by_prompt(run.after or run.before) for run in drawn]
     base = _by_prompt(drawn[0].before)
     ids = [prompt for prompt in by_run[0] if all(prompt in found for found in by_run)][:PROMPTS_SHOWN]
-    cells = [_cell(drawn, [found[prompt] for found in by_run], base.get(prompt)) for prompt in ids]
-    return pictures.draw_grid(cells, "The same prompts") if cells else None
+    return [_cell(drawn, [found[prompt] for found in by_run], base.get(prompt), frame) for prompt in ids]
 
 
 def _by_prompt(samples: Sequence[Sample]) -> Mapping[str, Sample]:
@@ -208,12 +223,14 @@ def _by_prompt(samples: Sequence[Sample]) -> Mapping[str, Sample]:
     return found
 
 
-def _cell(runs: Sequence[_Run], samples: Sequence[Sample], base: Sample | None) -> pictures.Cell:
-    shown = [("before", base), *((run.label, s) for run, s in zip(runs, samples, strict=True))]
-    named: list[tuple[str, Any]] = [(label, sample) for label, sample in shown if sample is not None]
+def _cell(runs: Sequence[_Run], samples: Sequence[Sample], base: Sample | None, frame: int | None) -> pictures.Cell:
+    """``frame`` of every clip, or their strips one above the other when that is None."""
+    given = [("before", base), *((run.label, s) for run, s in zip(runs, samples, strict=True))]
+    named: list[tuple[str, Any]] = [(label, sample) for label, sample in given if sample is not None]
     score = "  ·  ".join(_score(sample) for _, sample in named)
-    middle = [sample.media[len(sample.media) // 2] for _, sample in named]
-    return pictures.Cell(rows=[middle], labels=[label for label, _ in named], text=samples[0].prompt.text, score=score)
+    shown = [pictures.shown(sample, frame) for _, sample in named]
+    rows = shown if max(map(len, shown)) > 1 else [[picture for row in shown for picture in row]]
+    return pictures.Cell(rows=rows, labels=[label for label, _ in named], text=samples[0].prompt.text, score=score)
 
 
 def _score(sample: Sample) -> str:

@@ -44,7 +44,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """Where prompts come from. Files are JSON lines: {"id", "text", "reference"?, "tags"?}."""
+    """Where prompts come from: files of plain text, JSON lines, CSV or Parquet (``readers.py``)."""
 
     train: str
     heldout: str
@@ -74,6 +74,9 @@ class Sampling:
     """Takes the steps of a rollout that have no noise; ``Multistep()`` is of second order."""
     eval_solver: Solver = field(default_factory=Ode)
     """Takes the steps of held-out samples."""
+    lookahead: int = 0
+    """k: rollouts of the next k steps go on while a step is judged and learnt from. Step j (from 0) is sampled by the
+    adapter of version max(0, j − k), so its staleness, in updates, is min(j, k); 0 is on-policy."""
 
     def problems(self) -> Iterator[Problem]:
         if self.group_size < 2:
@@ -86,6 +89,8 @@ class Sampling:
             yield "steps", f"is {self.steps}; it needs at least 2: the last one is never trained"
         if self.eval_steps < 1:
             yield "eval_steps", f"is {self.eval_steps}; held-out pictures need at least 1 denoising step"
+        if self.lookahead < 0:
+            yield "lookahead", f"is {self.lookahead}; it cannot be negative (0: no step is sampled ahead)"
         yield from (("window." + name, text) for name, text in self.window.fits(self.steps))
         if not hasattr(self.dynamics, "moments"):
             yield (
@@ -245,11 +250,27 @@ class Evaluation:
     samples_per_prompt: int = 1
     grid: int = 24
     """Pictures in the before-and-after grid."""
+    versus_base: int = 24
+    """So many held-out samples are shown to the judge beside the base model's from the same noise: heldout/win_rate."""
+    stop_after: int = 0
+    """The run ends early when so many evaluations running stay below the best one; 0: never."""
+    stop_drop: float = 0.02
+    """An evaluation counts as below the best one when it misses it by more than this."""
+    stop_on: str = ""
+    """The figure that ``stop_after`` watches, such as "heldout/win_rate"; empty: the first that ``scorer`` gives."""
 
     def problems(self) -> Iterator[Problem]:
         for name in ("every", "samples_per_prompt", "grid"):
             if getattr(self, name) < 1:
                 yield name, f"is {getattr(self, name)}; it needs at least 1"
+        for name in ("versus_base", "stop_after", "stop_drop"):
+            if getattr(self, name) < 0:
+                yield name, f"is {getattr(self, name)}; it cannot be negative"
+        if self.stop_after and self.scorer is None and not self.stop_on:
+            yield (
+                "stop_after",
+                "watches a held-out figure, but there is no evaluation.scorer; name one in evaluation.stop_on",
+            )
         if self.scorer is not None and not callable(self.scorer):
             yield "scorer", f"is {self.scorer!r}; it needs to be callable as scorer(media, prompt)"
 
@@ -261,8 +282,28 @@ class Placement:
     rollout_workers: int = 2
     rollout_cpus: float = 1.0
     rollout_gpus: float = 0.0
+    rollout_workers_max: int = 0
+    """Where the cluster has room, or comes to have it, so many workers in all may join in mid-run; 0: none."""
+    rollout_timeout_s: float = 1800.0
+    """A rollout worker that has work and finishes none for so long is taken for hung: its groups are sampled elsewhere,
+    from the same seeds, and it is started again."""
+    rollout_restarts: int = 5
+    """How often a rollout worker that died or hung is started again; then the run goes on without it."""
+    colocated: bool = False
+    """Each learner is a rollout worker too: one process, one device, one set of weights, which take turns at their two
+    tasks. rollout_workers, rollout_cpus and rollout_gpus are not used."""
+    learners: int = 1
+    """Learner processes. Each computes some of a step's groups; their gradients are summed, so that N learners do what
+    one would, up to the rounding of that sum."""
     learner_cpus: float = 1.0
+    """For each learner, as are its GPUs."""
     learner_gpus: float = 0.0
+    learner_restarts: int = 3
+    """How often learners that died or hang are started again from the last completed step; then the run ends."""
+    update_timeout_s: float = 3600.0
+    """Learners that take longer than this for an update are taken for hung."""
+    shard_base: bool = False
+    """Share the frozen base weights out among the learners (FSDP2) instead of keeping them whole in each."""
     scorer_cpus: float = 1.0
     """For each of ``scorers``."""
     scorer_gpus: float = 0.0
@@ -270,19 +311,45 @@ class Placement:
     """Torch threads of a rollout worker, of held-out sampling and of a scorer. Part of the run's numerics: a matrix
     product's order of summation depends on it."""
     learner_threads: int = 2
+    wait_s: float = 60.0
+    """How long a cluster that exists may take to offer what is asked for: an autoscaler starts nodes."""
     ray_address: str = ""
     """Empty: a cluster that is announced by RAY_ADDRESS, or else a local one that lives as long as the run."""
 
     def problems(self) -> Iterator[Problem]:
-        for name in ("rollout_workers", "threads_per_worker", "learner_threads"):
+        for name in ("rollout_workers", "learners", "threads_per_worker", "learner_threads"):
             if getattr(self, name) < 1:
                 yield name, f"is {getattr(self, name)}; it needs at least 1"
+        for name in ("learner_restarts", "rollout_restarts", "rollout_workers_max", "wait_s"):
+            if getattr(self, name) < 0:
+                yield name, f"is {getattr(self, name)}; it cannot be negative"
+        for name in ("update_timeout_s", "rollout_timeout_s"):
+            if not getattr(self, name) > 0:
+                yield name, f"is {getattr(self, name)}; it needs to be above 0 seconds"
+        if 0 < self.rollout_workers_max < self.rollout_workers:
+            yield (
+                "rollout_workers_max",
+                f"is {self.rollout_workers_max}, less than placement.rollout_workers; 0: none join",
+            )
+        if self.colocated and self.shard_base:
+            yield (
+                "shard_base",
+                "is true with placement.colocated: each process samples by itself and needs whole weights",
+            )
+        if self.shard_base and self.learners == 1:
+            yield "shard_base", "is true with placement.learners=1: there is nobody to share the base weights with"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
+    """When the learner's state is written, and which ones stay."""
+
     every: int = 10
+    """Steps between two checkpoints; the last step and one with a new best held-out score have theirs anyway."""
     keep: int = 2
+    """So many of the newest stay."""
+    keep_best: bool = True
+    """The one with the best held-out score (the first that ``evaluation.scorer`` gives, or "oracle") stays too."""
 
     def problems(self) -> Iterator[Problem]:
         for name in ("every", "keep"):
@@ -342,11 +409,23 @@ class RunConfig:
             )
         yield from self._who_judges()
         yield from _scorer_problems(self.scorers)
+        if self.placement.colocated and self.sampling.lookahead:
+            yield (
+                "sampling.lookahead",
+                f"is {self.sampling.lookahead} with placement.colocated, where the weights that sample are the learner's "
+                "own, never older ones: set it to 0, or keep rollout workers apart",
+            )
         if self.optimizer.updates_per_rollout > self.prompts.per_step:
             yield (
                 "optimizer.updates_per_rollout",
                 f"is {self.optimizer.updates_per_rollout}, more than the {self.prompts.per_step} groups of a step "
                 "(prompts.per_step): some updates would have nothing to learn from",
+            )
+        elif (most := self.prompts.per_step // self.optimizer.updates_per_rollout) < self.placement.learners:
+            yield (
+                "placement.learners",
+                f"is {self.placement.learners}, but an update has {most} groups (prompts.per_step / "
+                "optimizer.updates_per_rollout): some learners would have nothing to do",
             )
 
     def _who_judges(self) -> Iterator[Problem]:

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_flex.config import Adapter as AdapterConfig
 from grpo_flex.config import ConfigError, RunConfig, from_json, load_experiment
+from grpo_flex.generators.base import LORA_FILE, SECOND_LORA_FILE
 from grpo_flex.prompts import read_prompts
 from grpo_flex.types import Adapter, Prompt, Sample
 
 if TYPE_CHECKING:
     from grpo_flex.rollout import RolloutWorker
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def evaluate(run_dir: str | None, adapter: str | None, experiment: str | None, out: Path | None) -> int:
@@ -35,6 +34,7 @@ def evaluate(run_dir: str | None, adapter: str | None, experiment: str | None, o
     quieten()
     device = "cuda" if config.placement.rollout_gpus else "cpu"
     worker = RolloutWorker(replace(config, adapter=adapter_config), device)
+    worker.model.prepare(heldout)
     after = _samples(worker, heldout, Adapter(version=1, tensors=tensors))
     zero = {name: tensor * 0 for name, tensor in tensors.items()}  # B = 0: the base model
     before = _samples(worker, heldout, Adapter(version=0, tensors=zero))
@@ -42,7 +42,7 @@ def evaluate(run_dir: str | None, adapter: str | None, experiment: str | None, o
     _write_grid(
         before,
         after,
-        config.evaluation.grid,
+        config,
         out or Path(run_dir or ".") / ("samples/evaluate.png" if run_dir else "evaluate.png"),
     )
     return 0
@@ -73,9 +73,26 @@ def _adapter_file(run_dir: str | None, adapter: str | None) -> Path:
 def read_lora(path: Path) -> tuple[dict[str, Any], AdapterConfig]:
     """Tensors (peft's names) and shape of a LoRA file that the trainer, or diffusers, wrote.
 
+    A second expert's file beside it belongs to the same adapter.
+
     Raises:
         ConfigError: not a LoRA file of a transformer.
     """
+    tensors, alpha = _read_file(path)
+    second = path.with_name(SECOND_LORA_FILE)
+    if second.is_file() and second != path:
+        experts = {"transformer": tensors, "transformer_2": _read_file(second)[0]}
+        tensors = {f"{expert}.{k}": t for expert, own in experts.items() for k, t in own.items()}
+    ranks = {t.shape[0] for k, t in tensors.items() if k.endswith("lora_A.weight")}
+    if len(ranks) != 1:
+        raise ConfigError(f"'{path}' has no LoRA layers of one rank for the transformer (found ranks {sorted(ranks)})")
+    rank = ranks.pop()
+    targets = tuple(sorted({k.split(".lora_")[0] for k in tensors}))
+    return tensors, AdapterConfig(rank=rank, alpha=float(rank if alpha is None else alpha), targets=targets)
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], float | None]:
+    """A transformer's tensors, and the alpha that is noted with them."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -88,12 +105,7 @@ def read_lora(path: Path) -> tuple[dict[str, Any], AdapterConfig]:
             metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"'{path}' is no readable LoRA file: {error}") from error
-    ranks = {t.shape[0] for k, t in tensors.items() if k.endswith("lora_A.weight")}
-    if len(ranks) != 1:
-        raise ConfigError(f"'{path}' has no LoRA layers of one rank for the transformer (found ranks {sorted(ranks)})")
-    rank = ranks.pop()
-    targets = tuple(sorted({k.split(".lora_")[0] for k in tensors}))
-    return tensors, AdapterConfig(rank=rank, alpha=float(metadata.get("transformer.lora_alpha", rank)), targets=targets)
+    return tensors, metadata.get("transformer.lora_alpha")
 
 
 def _samples(worker: RolloutWorker, prompts: Sequence[Prompt], adapter: Adapter) -> list[Sample]:
@@ -121,10 +133,11 @@ def _print_table(before: Sequence[Sample], after: Sequence[Sample], path: Path) 
     Console().print(table)
 
 
-def _write_grid(before: Sequence[Sample], after: Sequence[Sample], count: int, out: Path) -> None:
+def _write_grid(before: Sequence[Sample], after: Sequence[Sample], config: RunConfig, out: Path) -> None:
     from grpo_flex import pictures
 
     out.parent.mkdir(parents=True, exist_ok=True)
+    count, fps = config.evaluation.grid, pictures.fps_of(config.generator)
     pairs = pictures.match(before[:count], after[:count])
-    for path in pictures.write_before_after(out.with_suffix(""), pairs, "base · with the adapter", 8.0):
+    for path in pictures.write_before_after(out.with_suffix(""), pairs, "base · with the adapter", fps):
         print(f"pictures: {path}")

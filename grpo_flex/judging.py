@@ -119,6 +119,11 @@ class JudgeClient:
         ready = [_done(media) for media in group.media_G]
         return await self.judge_as_ready(group.prompt, group.step, ready, seed, previous)
 
+    async def compare(self, prompt: Prompt, step: int, seed: int, one: np.ndarray, two: np.ndarray) -> list[Verdict]:
+        """Verdicts on two media of one prompt, members 0 and 1, with a whole time budget of their own."""
+        self.renew_budget(step)  # the step's groups may have spent it
+        return await self.judge_as_ready(prompt, step, [_done(one), _done(two)], seed)
+
     async def judge_as_ready(
         self,
         prompt: Prompt,

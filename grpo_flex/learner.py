@@ -5,6 +5,9 @@ sampled, so that on the CPU in float32 the ratio before the first update is bit-
 
 There are three adapters: θ, which is trained; θ_old, which samples the rollouts (θ itself, unless the objective
 lets it follow more slowly); and an average of θ over the training steps, which is evaluated, shown and exported.
+
+Several learners (``Ranks``) share out the groups of every update and sum their gradients. The loss is divided by the
+weight of all groups, whoever computes them, so that uneven shares and masked siblings count as with one learner.
 """
 
 from __future__ import annotations
@@ -12,9 +15,10 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +26,7 @@ from grpo_flex.config import RunConfig
 from grpo_flex.dynamics import Dynamics, Step, step
 from grpo_flex.objectives.renoise import renoised
 from grpo_flex.prompts import seed_for
+from grpo_flex.ranks import Ranks
 from grpo_flex.types import Adapter, RolloutGroup, Trajectories, UpdateResult
 from grpo_flex.weights import attach_adapter, copies, follow, lent, read_adapter, warmed_up, write_adapter
 
@@ -29,6 +34,17 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from grpo_flex.generators.base import Conditioning, Model
+
+    Groups = Sequence[RolloutGroup] | Mapping[int, RolloutGroup]
+    Figures = defaultdict[str, list[tuple[int, float]]]
+
+
+class Share(NamedTuple):
+    """Indices of the groups that one rank computes for one optimiser step."""
+
+    own: list[int]
+    filling: list[int]
+    """Somebody else's, which count for nothing: all ranks put sharded weights together equally often."""
 
 
 class BoundPolicy:
@@ -79,15 +95,22 @@ class BoundPolicy:
 
 
 class Learner:
-    """Adapter, optimiser, and ``update``."""
+    """Adapter, optimiser, and ``update``.
 
-    def __init__(self, config: RunConfig, device: str = "cpu") -> None:
+    Args:
+        ranks: the place among several learners, all of which have to call ``update`` and ``load_state`` alike.
+    """
+
+    def __init__(self, config: RunConfig, device: str = "cpu", ranks: Ranks | None = None) -> None:
         import torch
 
         torch.set_num_threads(config.placement.learner_threads)
-        self.config, self.version = config, 0
+        self.config, self.version, self.ranks = config, 0, ranks or Ranks()
         self.model = config.generator.load(device)
         self.parameters = attach_adapter(self.model, config.adapter, config.seed)
+        self.sharded = config.placement.shard_base and self.ranks.size > 1
+        if self.sharded:
+            self.ranks.shard(self.model.transformer, self.parameters)
         for p in self.parameters:
             p.grad = torch.zeros_like(p)  # an update without any gradient is then like any other
         self._old, self._average = copies(self.parameters), copies(self.parameters)
@@ -97,26 +120,56 @@ class Learner:
             self.parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay
         )
 
-    def update(self, groups: Sequence[RolloutGroup], advantages: Sequence[np.ndarray], step_index: int) -> UpdateResult:
+    def shares(self, groups: int) -> list[Share]:
+        """This rank's part in each optimiser step of an update with so many groups."""
+        parts, rank, size = min(self.config.optimizer.updates_per_rollout, groups), self.ranks.rank, self.ranks.size
+        shares = []
+        for part in range(parts):
+            dealt = list(range(part, groups, parts))
+            own = dealt[rank::size]
+            missing = math.ceil(len(dealt) / size) - len(own) if self.sharded else 0
+            shares.append(Share(own, dealt[:missing]))
+        return shares
+
+    def update(self, groups: Groups, advantages: Sequence[np.ndarray], step_index: int) -> UpdateResult:
         """One rollout's updates: the groups are dealt out among ``updates_per_rollout`` optimiser steps.
 
         Args:
-            groups: complete groups.
+            groups: complete groups by their index; only those of this rank's ``shares`` are looked at.
             advantages: float64 [G] for each group; NaN members are masked.
+
+        Returns:
+            Metrics over all groups, the same on every rank.
         """
-        totals: defaultdict[str, list[float]] = defaultdict(list)
-        parts = min(self.config.optimizer.updates_per_rollout, len(groups))
-        for part in range(parts):
-            self._optimise(groups[part::parts], advantages[part::parts], step_index, totals)
+        seen: Figures = defaultdict(list)
+        shares = self.shares(len(advantages))
+        for i in (i for share in shares for i in share.own):
+            seen["staleness"].append((i, float(self.version - groups[i].policy_version)))
+            for name, value in groups[i].diversity.items():
+                seen[f"diversity_{name}"].append((i, value))
+        for part, share in enumerate(shares):
+            self._optimise(groups, advantages, share, step_index, seen)
             if part == 0:  # before any update: what rollout and learner disagree by
-                totals["first_log_ratio_abs"] = list(totals["log_ratio_abs"])
-        for name in groups[0].diversity if groups else ():
-            totals[f"diversity_{name}"] = [g.diversity[name] for g in groups]
-        totals["base_distance"] = [self._base_distance(group, step_index) for group in groups[:1]]
+                seen["first_log_ratio_abs"] = list(seen["log_ratio_abs"])
+        self._watch_base(groups, shares[0], step_index, seen)
+        totals = in_order(self.ranks.gather(dict(seen)))
+        stale = max(totals.pop("staleness"))
         self._close(totals)
-        stale = [float(self.version - 1 - g.policy_version) for g in groups]
-        metrics = {_key(name): float(np.mean(values)) for name, values in totals.items() if values}
-        return UpdateResult(policy_version=self.version, metrics=metrics | {"policy/staleness": max(stale)})
+        metrics = {_key(name): float(np.mean(values)) for name, values in totals.items()}
+        return UpdateResult(policy_version=self.version, metrics=metrics | {"policy/staleness": stale})
+
+    def _watch_base(self, groups: Groups, share: Share, step_index: int, seen: Figures) -> None:
+        """Rank 0's first group is the update's first, so the figure does not depend on how many ranks there are."""
+        if self.ranks.rank == 0 or self.sharded:
+            first = [*share.own, *share.filling][0]
+            distance = self._base_distance(groups[first], step_index)
+            self._note(seen, base_distance=distance)
+
+    def _note(self, seen: Figures, **figures: float) -> None:
+        """Figures that all ranks have in common: one of them keeps them."""
+        if self.ranks.rank == 0:
+            for name, value in figures.items():
+                seen[name].append((0, value))
 
     def _base_distance(self, group: RolloutGroup, step_index: int) -> float:
         """‖v − v_base‖², mean over one group at one noise level that changes from step to step.
@@ -141,33 +194,30 @@ class Learner:
         """What follows the updates of one rollout: the other two adapters, and β."""
         follow(self._old, self.parameters, self.config.objective.old_decay(self.version))
         follow(self._average, self.parameters, warmed_up(self.config.optimizer.ema, self.version))
-        if totals["kl"]:
+        if totals.get("kl"):
             totals["kl_beta"] = [self.kl_beta]
             self.kl_beta = self.config.objective.next_beta(self.kl_beta, float(np.mean(totals["kl"])))
         self.version += 1
 
     def _optimise(
-        self,
-        groups: Sequence[RolloutGroup],
-        advantages: Sequence[np.ndarray],
-        step_index: int,
-        totals: dict[str, list[float]],
+        self, groups: Groups, advantages: Sequence[np.ndarray], share: Share, step_index: int, seen: Figures
     ) -> None:
-        """One optimiser step on the mean loss over all unmasked siblings and passes of these groups."""
+        """One optimiser step on the mean loss over all unmasked siblings and passes of its groups, on all ranks."""
         from torch.nn.utils import clip_grad_norm_
 
         self.optimizer.zero_grad(set_to_none=False)
-        weight = sum(self._weight(g, a) for g, a in zip(groups, advantages, strict=True))
-        for group, advantage in zip(groups, advantages, strict=True):
-            if self._weight(group, advantage) and self._matters(advantage):
-                self._backward(group, advantage, weight, step_index, totals)
+        weight = sum(self.ranks.gather(sum(self._weight(groups[i], advantages[i]) for i in share.own)))
+        for i in share.own:
+            if self.sharded or (self._weight(groups[i], advantages[i]) and self._matters(advantages[i])):
+                self._backward(i, groups[i], advantages[i], weight, step_index, seen)
+        for i in share.filling:
+            self._backward(i, groups[i], np.full_like(advantages[i], np.nan), weight, step_index, seen)
+        self.ranks.sum_gradients(self.parameters)
         norm = float(clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm))
-        totals["grad_norm"].append(norm)
-        totals["lr"].append(self._schedule(step_index))
         sound = weight > 0 and math.isfinite(norm)  # where nobody got a reward, momentum alone must not move weights
+        self._note(seen, grad_norm=norm, lr=self._schedule(step_index), skipped_updates=float(not sound))
         if sound:
             self.optimizer.step()
-        totals["skipped_updates"].append(float(not sound))
 
     def _weight(self, group: RolloutGroup, advantage: np.ndarray) -> int:
         return int(np.isfinite(advantage).sum()) * self.config.objective.passes(group.trajectories)
@@ -178,8 +228,9 @@ class Learner:
         return not still or bool(np.nan_to_num(advantage).any())
 
     def _backward(
-        self, group: RolloutGroup, advantage: np.ndarray, weight: int, step_index: int, totals: dict[str, list[float]]
+        self, index: int, group: RolloutGroup, advantage: np.ndarray, weight: int, step_index: int, seen: Figures
     ) -> None:
+        """Add a group's part to the gradient; one that is wholly masked adds 0 and shows in no figure."""
         import torch
 
         keep = torch.from_numpy(np.isfinite(advantage)).to(self.model.device)
@@ -191,11 +242,13 @@ class Learner:
         for term in self.config.objective.terms(policy, group.trajectories, advantages_G, seed):
             kl = {} if term.kl_G is None else {"kl": term.kl_G.detach()}
             loss_G = term.loss_G if term.kl_G is None else term.loss_G + self.kl_beta * term.kl_G
-            loss = torch.where(keep, loss_G, 0.0).sum() / weight
+            loss = torch.where(keep, loss_G, 0.0).sum() / max(weight, 1)
             loss.backward()
-            totals["loss"].append(float(loss.detach()) * weight / float(keep.sum()))
+            if not keep.any():
+                continue
+            seen["loss"].append((index, float(loss.detach()) * weight / float(keep.sum())))
             for name, values in {**term.metrics, **kl}.items():
-                totals[name].append(float(values[keep].mean()))
+                seen[name].append((index, float(values[keep].mean())))
 
     def _schedule(self, step_index: int) -> float:
         """Linear warm-up times a line from 1 to ``lr_end``; sets and returns the learning rate of this step."""
@@ -214,6 +267,21 @@ class Learner:
         """A copy of the average of θ, which is θ itself while ``optimizer.ema`` is 0."""
         return replace(self._read(self._average), role="evaluation")
 
+    def base_adapter(self) -> Adapter:
+        """Zeros, which leave the base model as it is."""
+        now = self.adapter()
+        return replace(
+            now, role="base", tensors={name: tensor.new_zeros(tensor.shape) for name, tensor in now.tensors.items()}
+        )
+
+    def lending(self, role: str) -> AbstractContextManager[None]:
+        """The model computes with the adapter of that role while the block lasts; nothing is copied."""
+        import torch
+
+        if role == "base":
+            return lent(self.parameters, [torch.zeros_like(p) for p in self.parameters])
+        return lent(self.parameters, self._old if role == "sampling" else self._average)
+
     def _read(self, values: Sequence[Tensor]) -> Adapter:
         with lent(self.parameters, values):
             return read_adapter(self.model.transformer, self.version)
@@ -224,7 +292,7 @@ class Learner:
         return {
             "version": self.version,
             "adapter": own,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": on_cpu(self.optimizer.state_dict()),
             "old": _shared(self.adapter().tensors, own),
             "average": _shared(self.evaluation_adapter().tensors, own),
             "kl_beta": (self.config.objective.first_beta, self.kl_beta),
@@ -256,11 +324,27 @@ class Learner:
         return self.model.save_adapter(folder, self.evaluation_adapter().tensors, config.rank, config.alpha)
 
 
+def on_cpu(state: dict[str, Any]) -> dict[str, Any]:
+    """A copy of an optimiser's state whose tensors are on the CPU and no longer change with it."""
+    import torch
+    from torch.utils._pytree import tree_map_only
+
+    return tree_map_only(torch.Tensor, lambda t: t.detach().to("cpu", copy=True), state)
+
+
 def _shared(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same values, by the same objects where they equal ``own``'s: a file then holds them once."""
     import torch
 
     return {name: own[name] if torch.equal(tensor, own[name]) else tensor for name, tensor in tensors.items()}
+
+
+def in_order(seen: Sequence[Mapping[str, list[tuple[int, float]]]]) -> dict[str, list[float]]:
+    """All ranks' figures in the order of the groups: their means do not depend on how many ranks there are."""
+    together = {name: [entry for rank in seen for entry in rank.get(name, [])] for rank in seen for name in rank}
+    return {
+        name: [value for _, value in sorted(found, key=lambda e: e[0])] for name, found in together.items() if found
+    }
 
 
 def _key(name: str) -> str:

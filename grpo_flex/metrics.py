@@ -139,7 +139,7 @@ class RunLog:
         ValueError: a new run in a directory that has metrics already.
     """
 
-    def __init__(self, run_dir: str | Path, config: Any, resume_step: int | None = None, fps: float = 8.0):
+    def __init__(self, run_dir: str | Path, config: Any, resume_step: int | None = None, fps: float = pictures.FPS):
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._fps = fps
@@ -211,7 +211,7 @@ class RunLog:
             return
         import wandb
 
-        data = [[row.prompt, self._picture(row.media), _finite(row.score), row.verdict] for row in rows]
+        data: list[Any] = [[row.prompt, self._picture(row.media), _finite(row.score), row.verdict] for row in rows]
         table = wandb.Table(columns=["prompt", "picture", "score", "verdict"], data=data)
         self._send(step, {"media/verdicts": table})
 

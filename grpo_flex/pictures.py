@@ -30,10 +30,18 @@ PICTURE = 192
 """Pixels that a grid gives to the longer side of a small picture, so that 64 x 64 can be looked at."""
 LARGEST = 384
 """Longer side, in pixels, to which large pictures are reduced in a grid."""
+WIDEST = 1280
+"""Pixels that a sheet of clips is wide at the most: a report shows it 1040 wide, and its text is to be read there."""
 STRIP_FRAMES = 6
 """Frames of a clip that its still strip shows."""
 CLIP_SECONDS = 3.0
 """An mp4 repeats its clip until it lasts about this long; nine frames would be over before one looks."""
+FPS = 8.0
+"""Frames per second where the generator does not say."""
+PAUSE_SECONDS = 0.5
+"""For which an mp4 rests on a clip's last frame, so that its end is told from its beginning."""
+MOTION = "motion"
+"""The held-out figure that says how much moves; more of it is not better."""
 
 _GAP = 14
 _TEXT = "#1d1d1b"
@@ -55,12 +63,17 @@ class Cell:
     """Of the score."""
 
 
+def fps_of(generator: Any) -> float:
+    """Frames per second at which a generator's clips are shown."""
+    return float(getattr(generator, "fps", FPS))
+
+
 # ---------------------------------------------------------------- scores
 
 
 def main_score(scores: Mapping[str, float]) -> str | None:
-    """The score that stands for a sample or a run: "oracle" if there is one, else the first."""
-    return "oracle" if "oracle" in scores else next(iter(scores), None)
+    """The score that stands for a sample or a run: "oracle" if there is one, else the first but ``MOTION``."""
+    return "oracle" if "oracle" in scores else next((name for name in scores if name != MOTION), None)
 
 
 def score_text(sample: Sample) -> str:
@@ -82,12 +95,12 @@ def match(before: Sequence[Sample], after: Sequence[Sample]) -> list[tuple[Sampl
 
 def sample_cell(sample: Sample, frame: int | None = None) -> Cell:
     """One sample; ``frame`` of a clip, or its strip when that is None."""
-    return Cell(rows=[_shown(sample, frame)], text=sample.prompt.text, score=score_text(sample))
+    return Cell(rows=[shown(sample, frame)], text=sample.prompt.text, score=score_text(sample))
 
 
 def pair_cell(before: Sample, after: Sample, frame: int | None = None) -> Cell:
     """Before beside after; the strips of clips stand one above the other."""
-    a, b = _shown(before, frame), _shown(after, frame)
+    a, b = shown(before, frame), shown(after, frame)
     stacked = max(len(a), len(b)) > 1
     name = main_score(after.scores)
     change = 0.0 if name is None else after.scores[name] - before.scores.get(name, math.nan)
@@ -100,13 +113,14 @@ def pair_cell(before: Sample, after: Sample, frame: int | None = None) -> Cell:
     )
 
 
-def _shown(sample: Sample, frame: int | None) -> list[np.ndarray]:
+def shown(sample: Sample, frame: int | None) -> list[np.ndarray]:
+    """``frame`` of a sample (past its end: it begins anew), or its strip when that is None; a picture's only frame."""
     count = len(sample.media)
     if frame is not None:
         return [sample.media[frame % count]]
-    shown = min(count, STRIP_FRAMES)
-    last = max(shown - 1, 1)
-    return [sample.media[round(k * (count - 1) / last)] for k in range(shown)]
+    length = min(count, STRIP_FRAMES)
+    last = max(length - 1, 1)
+    return [sample.media[round(k * (count - 1) / last)] for k in range(length)]
 
 
 # ---------------------------------------------------------------- drawing
@@ -125,14 +139,16 @@ def font(size: int, bold: bool = False) -> FreeTypeFont:
 
 
 def scaled(picture: np.ndarray, small: int = PICTURE, largest: int = LARGEST) -> Image:
-    """A picture uint8 [H, W, 3] at a size for people: whole multiples upwards, reduced when it is large."""
+    """A picture uint8 [H, W, 3] at a size for people: small ones show their pixels, large ones are reduced."""
     from PIL import Image
 
     image = Image.fromarray(picture)
     longer = max(image.size)
     factor = max(1, round(small / longer)) if longer <= largest else largest / longer
     size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
-    return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
+    if size == image.size:
+        return image
+    return image.resize(size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS)
 
 
 def wrap(text: str, face: FreeTypeFont, width: int, lines: int = 4) -> list[str]:
@@ -157,14 +173,15 @@ def wrap(text: str, face: FreeTypeFont, width: int, lines: int = 4) -> list[str]
     return [*out[: lines - 1], last + "…"]
 
 
-def draw_grid(cells: Sequence[Cell], title: str = "", columns: int | None = None) -> Image:
-    """All cells on one white sheet; ``columns`` by default about twice as many as there are rows."""
+def draw_grid(cells: Sequence[Cell], title: str = "", widest: int | None = None) -> Image:
+    """All cells on one white sheet, about 1.6 times as wide as high, unless ``widest`` (pixels) has it narrower."""
     from PIL import Image, ImageDraw
 
     drawn = [_draw_cell(cell) for cell in cells]
     width, height = max(c.width for c in drawn), max(c.height for c in drawn)
-    if columns is None:
-        columns = max(1, min(len(drawn), round(math.sqrt(1.6 * len(drawn) * height / width))))
+    columns = max(1, min(len(drawn), round(math.sqrt(1.6 * len(drawn) * height / width))))
+    if widest is not None:
+        columns = max(1, min(columns, (widest - _GAP) // (width + _GAP)))
     rows = math.ceil(len(drawn) / columns)
     top = 40 if title else _GAP
     face = font(17, bold=True)
@@ -183,7 +200,7 @@ def _even(size: int) -> int:
 def _draw_cell(cell: Cell) -> Image:
     from PIL import Image, ImageDraw
 
-    small = PICTURE if len(cell.rows[0]) <= 2 else PICTURE * 2 // 3
+    small = PICTURE if len(cell.rows[0]) <= 2 else PICTURE * 2 // 3 if len(cell.rows) == 1 else PICTURE // 2
     rows = [[scaled(p, small) for p in row] for row in cell.rows]
     head = 18 if cell.labels else 0
     step_x = max(p.width for row in rows for p in row) + 4
@@ -234,11 +251,12 @@ def _frames(samples: Sequence[Sample]) -> int:
 def _write(path: Path, title: str, fps: float, frames: int, cells: Cells) -> list[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     still = path.with_name(path.name + ".png")
-    save_png(draw_grid(cells(None), title), still)
+    widest = WIDEST if frames > 1 else None
+    save_png(draw_grid(cells(None), title, widest), still)
     if frames == 1:
         return [still]
     film = path.with_name(path.name + ".mp4")
-    write_mp4(film, [draw_grid(cells(frame), title) for frame in range(frames)], fps)
+    write_mp4(film, [draw_grid(cells(frame), title, widest) for frame in range(frames)], fps)
     return [film, still]
 
 
@@ -250,13 +268,14 @@ def save_png(image: Image, path: Path) -> None:
 
 
 def write_mp4(path: Path, frames: Sequence[Image] | Sequence[np.ndarray], fps: float) -> None:
-    """H.264 of frames with even sizes, repeated until it lasts about ``CLIP_SECONDS``."""
+    """H.264 of frames with even sizes, repeated, with a rest on the last one, until it lasts about ``CLIP_SECONDS``."""
     import imageio.v2 as imageio
     import numpy as np
 
     half = path.with_name(f".{path.name}.part.mp4")
-    repeats = max(1, round(CLIP_SECONDS * fps / len(frames)))
-    looped: list[Any] = [np.asarray(frame) for frame in frames] * repeats
+    once = [np.asarray(frame) for frame in frames]
+    once += once[-1:] * round(PAUSE_SECONDS * fps)
+    looped: list[Any] = once * max(1, round(CLIP_SECONDS * fps / len(once)))
     imageio.mimwrite(str(half), looped, format="FFMPEG", fps=fps, codec="libx264", quality=8, macro_block_size=2)
     os.replace(half, path)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
 
 from grpo_flex.config import ConfigError
+from grpo_flex.readers import KINDS, Unreadable, read
 from grpo_flex.types import Prompt
 
 
@@ -54,7 +54,7 @@ def seed_for(*parts: object) -> int:
 
 
 def read_prompts(path: str, field: str) -> list[Prompt]:
-    """Read a JSON-lines file of prompts.
+    """Read a file of prompts: plain text, JSON lines, CSV or Parquet (``readers.py``).
 
     Args:
         field: the configuration's name for this file, for the message.
@@ -64,37 +64,20 @@ def read_prompts(path: str, field: str) -> list[Prompt]:
     """
     file = Path(path)
     if not file.is_file():
-        raise ConfigError(
-            f'{field} is \'{path}\', which is not there; give a JSON-lines file with one {{"id", "text"}} a line'
-        )
+        raise ConfigError(f"{field} is '{path}', which is not there; give a file of {KINDS}")
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        prompts = read(file)
+    except Unreadable as error:
+        raise ConfigError(f"{field}: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{field}: '{path}' cannot be read: {error}") from error
-    prompts = [_prompt(line, f"{path}:{number}", field) for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
         raise ConfigError(f"{field}: '{path}' holds no prompts; it needs at least one line")
-    if len({p.id for p in prompts}) < len(prompts):
-        twice = next(p.id for i, p in enumerate(prompts) if p.id in {q.id for q in prompts[:i]})
-        raise ConfigError(
-            f"{field}: '{path}' has the id '{twice}' twice; seeds depend on ids, so each needs to be unique"
-        )
+    seen: set[str] = set()
+    for prompt in prompts:
+        if prompt.id in seen:
+            raise ConfigError(
+                f"{field}: '{path}' has the id '{prompt.id}' twice; seeds depend on ids, so each needs to be unique"
+            )
+        seen.add(prompt.id)
     return prompts
-
-
-def _prompt(line: str, where: str, field: str) -> Prompt:
-    try:
-        entry = json.loads(line)
-        text = entry["text"]
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError('"text" is empty')
-        return Prompt(
-            id=str(entry.get("id", where.rpartition(":")[2])),
-            text=text,
-            reference=entry.get("reference") or {},
-            tags=tuple(entry.get("tags") or ()),
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f'{field}: {where} is no prompt ({error}); each line needs to be like {{"id": "p1", "text": "a red circle"}}'
-        ) from error

@@ -15,6 +15,7 @@ import numpy as np
 
 from grpo_flex.config import RunConfig
 from grpo_flex.dynamics import Past, Step, step
+from grpo_flex.pictures import MOTION
 from grpo_flex.prompts import seed_for
 from grpo_flex.types import Adapter, Prompt, RolloutGroup, Sample, Trajectories
 from grpo_flex.weights import attach_adapter, write_adapter
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from grpo_flex.generators.base import Conditioning
+    from grpo_flex.generators.base import Conditioning, Model
 
 
 HELDOUT_BATCH = 16
@@ -31,16 +32,24 @@ HELDOUT_BATCH = 16
 
 
 class RolloutWorker:
-    """Holds the generator with an adapter, and samples groups and held-out pictures."""
+    """Holds the generator with an adapter, and samples groups and held-out pictures.
 
-    def __init__(self, config: RunConfig, device: str = "cpu", name: str = "rollout-0") -> None:
+    Args:
+        model: a loaded one with an adapter, where it is shared with a learner.
+    """
+
+    def __init__(
+        self, config: RunConfig, device: str = "cpu", name: str = "rollout-0", model: Model | None = None
+    ) -> None:
         import torch
 
         torch.set_num_threads(config.placement.threads_per_worker)
         self.config, self.name = config, name
-        self.model = config.generator.load(device)
-        attach_adapter(self.model, config.adapter, config.seed)
-        self._loaded = (-1, "")
+        self.model = model or config.generator.load(device)
+        if model is None:
+            attach_adapter(self.model, config.adapter, config.seed)
+        self.loaded = (-1, "")
+        """(version, role) of the adapter that the model holds."""
 
     def generate(self, step_index: int, prompt: Prompt, adapter: Adapter) -> RolloutGroup:
         """Sample the G siblings of one prompt with the given adapter."""
@@ -51,7 +60,7 @@ class RolloutWorker:
         config = self.config.sampling
         seed = seed_for(self.config.seed, "rollout", step_index, prompt.id)
         seeds = tuple(seed_for(seed, sibling) for sibling in range(config.group_size))
-        conditioning = self.model.encode([prompt.text])[0]
+        conditioning = self.model.encode([prompt])[0]
         with torch.no_grad():
             trajectories, final = self._sample(conditioning, step_index, seed, seeds)
         media = self.model.decode(final)
@@ -78,18 +87,19 @@ class RolloutWorker:
         copies = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
         seeds = [seed_for(seed, "heldout", p.id, i) for p in prompts for i in range(config.samples_per_prompt)]
         with torch.no_grad():
-            conditioning = _together(self.model.encode([prompt.text for prompt in copies]))
+            conditioning = _together(self.model.encode(copies))
             media = self.model.decode(self.sample_ode(conditioning, seeds, self.config.sampling.eval_steps))
         return [
-            Sample(prompt=p, media=m, scores=config.scorer(m, p) if config.scorer else {})
+            Sample(prompt=p, media=m, scores={**(config.scorer(m, p) if config.scorer else {}), **motion(m)})
             for p, m in zip(copies, media, strict=True)
         ]
 
     def use(self, adapter: Adapter) -> None:
         """Load the adapter unless it is loaded already."""
-        if (adapter.version, adapter.role) != self._loaded:
+        if (adapter.version, adapter.role) != self.loaded:
+            self.loaded = (-1, "")  # a write that fails half way leaves no adapter that could be used
             write_adapter(self.model.transformer, adapter.tensors)
-            self._loaded = (adapter.version, adapter.role)
+            self.loaded = (adapter.version, adapter.role)
 
     def sample_ode(self, conditioning: Conditioning, seeds: Sequence[int], steps: int) -> Tensor:
         """Clean latents [len(seeds), N, C] by the held-out samples' solver."""
@@ -139,10 +149,18 @@ class RolloutWorker:
 
 
 def _together(conditionings: Sequence[Conditioning]) -> Conditioning:
-    """Conditionings of different prompts as one batch (they are padded to one length)."""
+    """Conditionings of different prompts as one batch, padded with zeros to the longest (a mask belongs to those that differ)."""
     import torch
+    from torch.nn.functional import pad
 
-    return {name: torch.cat([c[name] for c in conditionings]) for name in conditionings[0]}
+    def joined(name: str) -> Tensor:
+        tensors = [c[name] for c in conditionings]
+        if tensors[0].ndim > 1:
+            longest = max(t.shape[1] for t in tensors)
+            tensors = [pad(t, [0, 0] * (t.ndim - 2) + [0, longest - t.shape[1]]) for t in tensors]
+        return torch.cat(tensors)
+
+    return {name: joined(name) for name in conditionings[0]}
 
 
 def _branched(x: Tensor, siblings: int) -> Tensor:
@@ -160,6 +178,19 @@ def mean_distance(points: Tensor) -> float:
 
     flat = points.flatten(1).float()
     return float(torch.pdist(flat).mean() / flat.shape[1] ** 0.5)
+
+
+def motion(media: np.ndarray) -> dict[str, float]:
+    """{"motion": mean change of a pixel from frame to frame, white − black = 1}; nothing of a picture.
+
+    Rewards that ignore motion are known to freeze videos: this is what would fall.
+
+    Args:
+        media: uint8 [F, H, W, 3].
+    """
+    if len(media) < 2:
+        return {}
+    return {MOTION: float(np.abs(np.diff(media.astype(np.float32), axis=0)).mean() / 255)}
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -187,8 +218,8 @@ def _record(
     import torch
 
     def stack(tensors: list[Tensor], empty: Tensor) -> Tensor:
-        """[G, K, …], also for K = 0: an objective that looks at x_0 alone trains no step."""
-        return torch.stack([empty, *tensors], dim=1)[:, 1:]
+        """[G, K, …] on the CPU, where any process can receive it, also for K = 0 (an objective that looks at x_0 alone)."""
+        return torch.stack([empty, *tensors], dim=1)[:, 1:].cpu()
 
     return Trajectories(
         latents_GKNC=stack(before, final),
@@ -197,5 +228,5 @@ def _record(
         sigmas=sigmas,
         logprobs_GK=stack([s.logprob for s in taken], final.new_zeros(final.shape[0])),
         means_GKNC=stack([s.mean for s in taken], final) if keep_means else None,
-        final_GNC=final if keep_final else None,
+        final_GNC=final.cpu() if keep_final else None,
     )

@@ -7,26 +7,29 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_flex import checkpoint, verdicts
 from grpo_flex.config import ConfigError, Judge, RunConfig, from_json, override, to_json
 from grpo_flex.console import running_pid
+from grpo_flex.generators.encodings import report
 from grpo_flex.prompts import PromptStream, read_prompts
+from grpo_flex.room import check_room
+from grpo_flex.types import Adapter
 
 if TYPE_CHECKING:
     from ray.exceptions import RayError
 
+    from grpo_flex.cluster import Cluster
+    from grpo_flex.console import Console
     from grpo_flex.judge_server import JudgeServer
     from grpo_flex.train import Trainer
     from grpo_flex.types import Prompt
 
 RESUME_ME = 75
 """Exit status of an interrupted run (EX_TEMPFAIL): everything is saved, start it again with --resume."""
-SIGNAL_S = 2.0
-"""A signal to the whole process group may end Ray's processes before this one has seen it; so long it is waited for."""
 SPACE_MB = 256
 """Free space below which no run is started."""
 
@@ -58,6 +61,7 @@ def train(config: RunConfig, resume: Path | None = None) -> int:
     done, state = checkpoint.load(resume) if resume else (0, None)
     if done >= config.steps:
         raise ConfigError(f"{resume} has completed its {done} steps; to go on, give a larger number: steps={2 * done}")
+    check_room(config, _say)
     # Until the loop has its own handler, a SIGTERM unwinds like a Ctrl-C and leaves nothing half made.
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a background job of a shell is started deaf to it
         signal.signal(number, signal.default_int_handler)
@@ -84,32 +88,51 @@ def _assemble(
     from grpo_flex.cluster import Cluster
     from grpo_flex.console import Console
     from grpo_flex.metrics import RunLog
+    from grpo_flex.pictures import fps_of
     from grpo_flex.train import Trainer
 
     server = stack.enter_context(_judge_server(config.judge, run_dir))
     endpoints = _check_judge(config.judge, server)
-    verdicts.drop_from_step(run_dir / verdicts.FILE_NAME, done + 1)
     cluster = stack.enter_context(Cluster(config, run_dir, endpoints))
     cluster.wait_until_ready()
-    if state is not None:
+    cluster.prepare([*prompts.prompts, *heldout])
+    if kept := config.generator.memory.encodings:
+        _say(report(kept))
+    if state is not None:  # a checkpoint that does not fit is refused here, before any file is touched
         cluster.load_learner_state(state)
+    verdicts.drop_from_step(run_dir / verdicts.FILE_NAME, done + 1)
     (run_dir / "config.json").write_text(to_json(config))
-    log = stack.enter_context(RunLog(run_dir, config, done if state else None))
+    log = stack.enter_context(RunLog(run_dir, config, done if state else None, fps_of(config.generator)))
     console = stack.enter_context(Console(config.steps, done, run_dir.name, run_dir=run_dir))
-    return Trainer(config, cluster, log, console, prompts=prompts, heldout=heldout, step=done, server=server)
+    cluster.say = console.note
+    _show_seating(cluster, endpoints, run_dir, console)
+    ahead = [Adapter(version=version, tensors=tensors) for version, tensors in (state or {}).get("ahead", ())]
+    return Trainer(
+        config, cluster, log, console, prompts=prompts, heldout=heldout, step=done, server=server, ahead=ahead
+    )
+
+
+def _show_seating(cluster: Cluster, endpoints: Sequence[str], run_dir: Path, console: Console) -> None:
+    """Print who sits where, and keep it in placement.txt."""
+    rows = [("process", "node", "reserved"), *cluster.seating(), *(("judge", url, "-") for url in endpoints)]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    table = "\n".join("  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip() for row in rows)
+    (run_dir / "placement.txt").write_text(table + "\n")
+    console.note(table)
 
 
 def _run_to_the_end(trainer: Trainer) -> int:
     from ray.exceptions import RayError
 
+    from grpo_flex.fleet import Stranded
     from grpo_flex.judge_server import JudgeAway
-    from grpo_flex.train import Interrupted, Starved, signals
+    from grpo_flex.train import SIGNAL_S, Interrupted, Starved, signals
 
     status = 0
     with signals(trainer):
         try:
             trainer.run()
-        except (Interrupted, JudgeAway, Starved) as reason:
+        except (Interrupted, JudgeAway, Starved, Stranded) as reason:
             trainer.console.note(f"stopped: {reason}" if str(reason) else "stopped on request")
             status = RESUME_ME
         except RayError as error:
@@ -119,32 +142,38 @@ def _run_to_the_end(trainer: Trainer) -> int:
             status = RESUME_ME
         if status and not _saved(trainer):
             return status
-    trainer.cluster.save_adapter(trainer.log.run_dir / "adapter")
+    if not status:
+        trainer.cluster.save_adapter(trainer.log.run_dir / "adapter")
     trainer.cluster.close_judge()
     return status
 
 
 def _saved(trainer: Trainer) -> bool:
-    """Save the completed steps; False where a signal to the whole process group ended the learner as well."""
+    """Save the completed steps and export the adapter; False where a signal ended the processes that this needs."""
     from ray.exceptions import RayError
 
     try:
-        trainer.save()
+        where = trainer.save()
     except RayError:
         trainer.console.note("the learner has ended too; the last checkpoint stands")
+        return False
+    try:
+        trainer.cluster.save_adapter(trainer.log.run_dir / "adapter")
+    except RayError:
+        trainer.console.note(f"the learner has ended too; {where} is complete, the exported adapter is an older one")
         return False
     return True
 
 
 def _failure(trainer: Trainer, error: RayError) -> ValueError:
     """What the user is told of a process that failed or died; the completed steps are saved where that is possible."""
-    from ray.exceptions import RayTaskError
+    from ray.exceptions import RayError, RayTaskError
 
     again = _go_on(trainer.log.run_dir)
-    if isinstance(error, RayTaskError):
+    with suppress(RayError):  # the object store may be gone with the process; the last checkpoint stands then
         trainer.save()
+    if isinstance(error, RayTaskError):
         return ValueError(f"{type(error.cause).__name__}: {error.cause}\n{again}")
-    # It may be the learner that died, so nothing newer than the last checkpoint can be saved.
     return ValueError(f"a process of the run died: {_first_line(error)}\n{again}")
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -19,17 +21,17 @@ from grpo_flex import checkpoint
 from grpo_flex.cluster import Cluster
 from grpo_flex.config import RunConfig
 from grpo_flex.console import Console
+from grpo_flex.fleet import Job
+from grpo_flex.guards import Regress, regress, spread, versus_base
 from grpo_flex.judge_server import JudgeAway, JudgeServer
 from grpo_flex.judging import judge_metrics, judged_share
-from grpo_flex.metrics import RunLog, VerdictRow
+from grpo_flex.metrics import RunLog, VerdictRow, curve, headline_key, read_metrics
 from grpo_flex.prompts import PromptStream, seed_for
 from grpo_flex.rewards import reward_metrics
 from grpo_flex.scorers import scorer_metrics
-from grpo_flex.types import Prompt, RewardedGroup, RolloutGroup, UpdateBatch, Verdict
+from grpo_flex.types import Adapter, Prompt, RewardedGroup, RolloutGroup, Sample, UpdateBatch, Verdict
 
 if TYPE_CHECKING:
-    from grpo_flex.types import Adapter
-
     GroupRef = ray.ObjectRef[RolloutGroup]
     AdapterRef = ray.ObjectRef[Adapter]
 
@@ -37,6 +39,8 @@ HEARTBEAT_S = 5.0
 """Between two looks at a judge that is away."""
 POLL_S = 0.5
 """How long a Ctrl-C, or a process that died, may go unnoticed while the run waits."""
+SIGNAL_S = 2.0
+"""A signal to the whole process group may end Ray's processes before this one has seen it; so long it is waited for."""
 STARVED_STEPS = 3
 """So many steps in a row in which no sibling got a reward end the run: it would only burn time."""
 
@@ -49,6 +53,21 @@ class Starved(Exception):
     """Nobody gave any sibling a reward, step after step: scorers fail throughout."""
 
 
+@dataclass(kw_only=True)
+class Flight:
+    """A step under way: its prompts, and by their index what was asked for."""
+
+    step: int
+    prompts: Sequence[Prompt]
+    jobs: list[Job] = field(default_factory=list)
+    asked: dict[int, ray.ObjectRef[list[Verdict]]] = field(default_factory=dict)
+    scoring: dict[int, list[ray.ObjectRef[list[Verdict]]]] = field(default_factory=dict)
+
+    @property
+    def groups(self) -> list[GroupRef]:
+        return [job.result for job in self.jobs]
+
+
 class Trainer:
     """One run in progress. ``run`` is the loop; the other methods are its phases, in the order of the data path.
 
@@ -57,23 +76,28 @@ class Trainer:
         heldout: the prompts of the evaluations.
         step: training steps completed so far (0, or the checkpoint's).
         server: the judge that the run started for itself, to be started again when it dies.
+        ahead: the adapters that sample the next steps, the newest one left out (``sampling.lookahead``).
     """
 
     def __init__(
         self, config: RunConfig, cluster: Cluster, log: RunLog, console: Console,
         *, prompts: PromptStream, heldout: Sequence[Prompt], step: int, server: JudgeServer | None = None,
+        ahead: Sequence[Adapter] = (),
     ) -> None:  # fmt: skip
         self.config, self.cluster, self.log, self.console = config, cluster, log, console
         self.prompts, self.heldout, self.step, self.server = prompts, heldout, step, server
         self._stop = False
         self._next_look = 0.0
         self._starved = 0
-        self._batch: Sequence[Prompt] = ()
-        self._asked: list[ray.ObjectRef[list[Verdict]]] = []
-        self._scoring: list[list[ray.ObjectRef[list[Verdict]]]] = []
+        self._flights: deque[Flight] = deque()
+        k = config.sampling.lookahead
+        self._adapters: deque[AdapterRef] = deque([ray.put(a) for a in ahead[len(ahead) - k :]], maxlen=k + 1)
+        """Those that sample the present step and the next k."""
+        cluster.stopping = partial(self.stopping, SIGNAL_S)
         self._example: tuple[GroupRef, RewardedGroup, Sequence[Verdict]] | None = None
         self._seconds: dict[str, float] = {}
         self._outage: dict[str, float] = {}
+        self._base: list[ray.ObjectRef[np.ndarray]] = []
 
     def run(self) -> None:
         """Train until ``config.steps`` are completed.
@@ -81,19 +105,20 @@ class Trainer:
         Raises:
             Interrupted, JudgeAway, Starved: after which ``save`` keeps every completed step.
         """
-        adapter = self.cluster.publish()
+        self._adapters.extend([self.cluster.publish()] * (self.config.sampling.lookahead + 1 - len(self._adapters)))
         if self.log.last_step < 0:  # a run that was stopped in its first step has its step 0 already
             numbers = self.evaluate(self.cluster.publish_evaluation())
             self.log.log(0, numbers)
             self.console.step(0, numbers)
         while self.step < self.config.steps:
             began, self._seconds, self._outage = time.perf_counter(), {}, {}
-            groups = self.rollout(self.prompts.batch(self.step), adapter)
-            verdicts = self.judge(groups)
-            scores = self.score()
-            numbers = self.learn(groups, verdicts, scores)
-            adapter = self.cluster.publish()
+            flight = self.rollout()
+            verdicts = self.judge(flight)
+            scores = self.score(flight)
+            numbers = self.learn(flight, verdicts, scores)
+            self._adapters.append(self.cluster.publish())
             self.step += 1
+            self._flights.popleft()
             if self.step % self.config.evaluation.every == 0 or self.step == self.config.steps:
                 numbers |= self.evaluate(self.cluster.publish_evaluation())
                 self.show_verdicts()
@@ -101,58 +126,60 @@ class Trainer:
             numbers["perf/step_s"] = time.perf_counter() - began
             self.log.log(self.step, numbers)
             self.console.step(self.step, numbers)
-            if self.step % self.config.checkpoint.every == 0 or self.step == self.config.steps:
-                self.save()
+            worse = self.regress(numbers)
+            if self._due(numbers) or worse:
+                self.save(numbers)
+            if worse:
+                self.console.note(f"stopping early: {worse}")
+                return
 
     # ------------------------------------------------------------ phases
 
-    def rollout(self, prompts: Sequence[Prompt], adapter: AdapterRef) -> list[GroupRef]:
-        """Groups of all prompts; judge and scorers begin with each as soon as it exists."""
+    def rollout(self) -> Flight:
+        """The groups of the present step; those of the next ``sampling.lookahead`` steps go on in the meantime."""
         with self._phase("rollout"):
-            groups = self.cluster.generate(self.step, prompts, adapter)
-            self._batch = prompts
-            if self.config.judge is not None:
-                self._asked = [self._ask(group, prompt) for group, prompt in zip(groups, prompts, strict=True)]
-            self._scoring = [self.cluster.score(group) for group in groups]
-            self._wait(groups)
-        return groups
+            until = min(self.step + self.config.sampling.lookahead + 1, self.config.steps)
+            for step in range(self.step + len(self._flights), until):
+                self._flights.append(self._launch(step, self._adapters[step - self.step]))
+            self.cluster.wait(self._flights[0].jobs, self._look)
+        return self._flights[0]
 
-    def judge(self, groups: Sequence[GroupRef]) -> list[list[Verdict]]:
+    def judge(self, flight: Flight) -> list[list[Verdict]]:
         """Verdicts of every group; waits for a judge that is away and asks again about what it missed."""
         if self.config.judge is None:
-            return [[] for _ in groups]
+            return [[] for _ in flight.prompts]
         with self._phase("judge"):
-            verdicts = self._get(self._asked)
+            verdicts = self._get([flight.asked[i] for i in range(len(flight.prompts))])
             away_since = None
-            while len(missing := self._unusable(verdicts)) > self._spare(len(groups)):
+            while len(missing := self._unusable(verdicts)) > self._spare(len(verdicts)):
                 away_since = away_since or time.monotonic()
-                what = f"{len(missing)} of {len(groups)} groups lack verdicts{_mostly(verdicts)}"
+                what = f"{len(missing)} of {len(verdicts)} groups lack verdicts{_mostly(verdicts)}"
                 self._hold_for_judge(time.monotonic() - away_since, what)
                 self._count("asked_again", sum(v.status != "ok" for i in missing for v in verdicts[i]))
-                again = self._get([self._ask(groups[i], self._batch[i], verdicts[i]) for i in missing])
+                again = self._get([self._ask(flight, i, flight.groups[i], verdicts[i]) for i in missing])
                 for i, verdict in zip(missing, again, strict=True):
                     verdicts[i] = verdict
             self._count("away_s", time.monotonic() - away_since if away_since else 0.0)
             return verdicts
 
-    def score(self) -> list[list[Verdict]]:
+    def score(self, flight: Flight) -> list[list[Verdict]]:
         """What the in-process scorers said of every group; a failed score is masked, and never asked again."""
         if not self.config.scorers:
-            return [[] for _ in self._batch]
+            return [[] for _ in flight.prompts]
         with self._phase("score"):
-            given = [[v for said in self._get(refs) for v in said] for refs in self._scoring]
-        for prompt, verdicts in zip(self._batch, given, strict=True):
-            self.cluster.record(self.step, prompt, verdicts)
+            given = [[v for said in self._get(flight.scoring[i]) for v in said] for i in range(len(flight.prompts))]
+        for prompt, verdicts in zip(flight.prompts, given, strict=True):
+            self.cluster.record(flight.step, prompt, verdicts)
         return given
 
     def learn(
-        self, groups: Sequence[GroupRef], verdicts: Sequence[Sequence[Verdict]], scores: Sequence[Sequence[Verdict]]
+        self, flight: Flight, verdicts: Sequence[Sequence[Verdict]], scores: Sequence[Sequence[Verdict]]
     ) -> dict[str, float]:
         """Verdicts and scores -> rewards -> advantages -> update. Groups with too few verdicts are left out."""
-        config, unusable = self.config, set(self._unusable(verdicts))
+        config, groups, unusable = self.config, flight.groups, set(self._unusable(verdicts))
         usable = [i for i in range(len(groups)) if i not in unusable]
         said = [[*verdicts[i], *scores[i]] for i in usable]
-        prompts = [self._batch[i] for i in usable]
+        prompts = [flight.prompts[i] for i in usable]
         rewarded = [config.reward(config.sampling.group_size, v, p.id) for v, p in zip(said, prompts, strict=True)]
         self._check_rewards(rewarded, scores)
         advantages, numbers = config.advantage(rewarded)
@@ -171,8 +198,35 @@ class Trainer:
         """Mean scores of held-out samples, as heldout/<name>; pictures go to the log."""
         with self._phase("evaluate"):
             samples = list(self.cluster.evaluate(self.heldout, adapter))
+            numbers = self.versus_base(samples)
         self.log.samples(self.step, samples)
-        return {f"heldout/{name}": float(np.mean([s.scores[name] for s in samples])) for name in samples[0].scores}
+        scores = {name: float(np.mean([s.scores[name] for s in samples])) for name in samples[0].scores}
+        return {f"heldout/{name}": score for name, score in scores.items()} | numbers
+
+    def versus_base(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """The judge's win rate of some held-out samples against the base model's from the same noise."""
+        shown = self.config.evaluation.versus_base if self.config.judge else 0
+        if shown and not self._base:  # at step 0 these are the base's; a run that was resumed draws them again
+            first = list(self.cluster.evaluate(self.heldout, self.cluster.publish_base())) if self.step else samples
+            self._base = [ray.put(sample.media) for sample in spread(first, shown)]
+        if not shown or not self.step:
+            return {}
+        now = spread(samples, shown)
+        seeds = [seed_for(self.config.seed, "versus base", sample.prompt.id, i) for i, sample in enumerate(now)]
+        asked = [
+            self.cluster.compare(sample.prompt, self.step - 1, seed, base, sample.media)
+            for sample, seed, base in zip(now, seeds, self._base, strict=True)
+        ]
+        said = ray.get(asked)  # not interrupted: the step is complete, and its line of metrics has to follow
+        return versus_base([self.config.reward(2, v, s.prompt.id) for v, s in zip(said, now, strict=True)])
+
+    def regress(self, numbers: Mapping[str, float]) -> Regress | None:
+        """Whether held-out samples got worse for so long that ``evaluation.stop_after`` ends the run."""
+        config, rows = self.config.evaluation, read_metrics(self.log.run_dir)
+        key = config.stop_on or headline_key(rows)
+        if not config.stop_after or key is None or key not in numbers:
+            return None
+        return regress(rows, key, config.stop_after, config.stop_drop)
 
     def show_verdicts(self) -> None:
         """One group of the step in W&B's table: prompt, picture, reward and what the judge said."""
@@ -180,10 +234,14 @@ class Trainer:
             group, rewarded, verdicts = self._example
             self.log.verdict_table(self.step, verdict_rows(ray.get(group), rewarded, verdicts))
 
-    def save(self) -> Path:
-        """Write a checkpoint of the completed steps."""
+    def save(self, numbers: Mapping[str, float] | None = None) -> Path:
+        """Write a checkpoint of the completed steps; ``numbers`` are those of the last one."""
         self.console.phase("save")
-        return checkpoint.save(self.log.run_dir, self.step, self.cluster.learner_state(), self.config.checkpoint.keep)
+        state, config = self.cluster.learner_state(), self.config.checkpoint
+        ahead: list[Adapter] = ray.get(list(self._adapters)[:-1])
+        state |= {"ahead": [(a.version, dict(a.tensors)) for a in ahead]}
+        score = (numbers or {}).get(headline_key([dict(numbers or {})]) or "")
+        return checkpoint.save(self.log.run_dir, self.step, state, config.keep, score, config.keep_best)
 
     # ------------------------------------------------------------ waiting
 
@@ -198,8 +256,33 @@ class Trainer:
             time.sleep(0.05)
         return self._stop
 
-    def _ask(self, group: GroupRef, prompt: Prompt, previous: Sequence[Verdict] = ()) -> ray.ObjectRef[list[Verdict]]:
-        return self.cluster.judge(group, seed_for(self.config.seed, "pairs", self.step, prompt.id), previous)
+    def _due(self, numbers: Mapping[str, float]) -> bool:
+        """Whether a step that was logged is to be saved: by its number, or for its held-out score."""
+        if self.step % self.config.checkpoint.every == 0 or self.step == self.config.steps:
+            return True
+        key = headline_key([dict(numbers)])
+        if key is None or not self.config.checkpoint.keep_best:
+            return False
+        return numbers[key] >= max(curve(read_metrics(self.log.run_dir), key)[1])
+
+    def _launch(self, step: int, adapter: AdapterRef) -> Flight:
+        """Hand out the groups of a step to the workers."""
+        flight = Flight(step=step, prompts=self.prompts.batch(step))
+        for i, prompt in enumerate(flight.prompts):
+            flight.jobs.append(self.cluster.generate(step, prompt, adapter, partial(self._ask_about, flight, i)))
+        return flight
+
+    def _ask_about(self, flight: Flight, i: int, group: GroupRef) -> None:
+        """Judge and scorers begin with a group as soon as it exists; anew where it has to be sampled again."""
+        if self.config.judge is not None:
+            flight.asked[i] = self._ask(flight, i, group)
+        flight.scoring[i] = self.cluster.score(group)
+
+    def _ask(
+        self, flight: Flight, i: int, group: GroupRef, previous: Sequence[Verdict] = ()
+    ) -> ray.ObjectRef[list[Verdict]]:
+        seed = seed_for(self.config.seed, "pairs", flight.step, flight.prompts[i].id)
+        return self.cluster.judge(group, seed, previous)
 
     def _unusable(self, verdicts: Sequence[Sequence[Verdict]]) -> list[int]:
         """Indices of the groups with too small a share of judged pairs; without a judge there is none."""
@@ -285,6 +368,7 @@ class Trainer:
         if time.monotonic() < self._next_look:
             return
         self._next_look = time.monotonic() + POLL_S
+        self.cluster.tend()
         self.console.workers(self.cluster.worker_states())
         endpoints = self.cluster.judge_states()
         self.console.judge({e.url: str(e) for e in endpoints})

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 VerdictStatus = Literal["ok", "unparsed", "timeout", "failed"]
+Role = Literal["sampling", "evaluation", "base"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,8 +147,8 @@ class Adapter:
     version: int
     tensors: Mapping[str, torch.Tensor]
     """peft state-dict keys, CPU tensors in the adapter's own precision."""
-    role: Literal["sampling", "evaluation"] = "sampling"
-    """Two adapters of one version: what rollouts sample with, and what is evaluated, shown and exported."""
+    role: Role = "sampling"
+    """Adapters of one version: what rollouts sample with; what is evaluated, shown and exported; zeros."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,14 +8,30 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 WORDS = ["a", "red", "green", "blue", "circle", "square", "on", "black", "white", "background", "left", "of"]
 
 
-def _tokenizer(length: int) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(length: int) -> PreTrainedTokenizerFast:
     vocabulary = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
@@ -46,9 +62,9 @@ def tiny_flux(guidance_embeds: bool = False, seed: int = 0) -> FluxPipeline:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae,
         text_encoder=CLIPTextModel(clip),
-        tokenizer=_tokenizer(16),
+        tokenizer=tiny_tokenizer(16),
         text_encoder_2=T5EncoderModel(t5),
-        tokenizer_2=_tokenizer(16),
+        tokenizer_2=tiny_tokenizer(16),
         transformer=transformer,
     )
     for part in (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
@@ -60,6 +76,45 @@ def save_tiny_flux(folder: Path, guidance_embeds: bool = False) -> str:
     """Save one and return its folder, as Flux(model=…) takes it."""
     tiny_flux(guidance_embeds).save_pretrained(folder)
     return str(folder)
+
+
+def tiny_wan(boundary: float | None = None, seed: int = 0) -> WanPipeline:
+    """A WanPipeline with random weights: 5 frames of 32×32 are 2·4·4 tokens of 4 channels. A boundary brings two experts."""
+    torch.manual_seed(seed)
+    first, *second = (_tiny_wan_transformer() for _ in range(1 if boundary is None else 2))
+    vae = AutoencoderKLWan(
+        base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+        latents_mean=[0.1, -0.2, 0.0, 0.3], latents_std=[1.5, 0.8, 1.0, 1.2],
+    )  # fmt: skip
+    text = UMT5Config(
+        vocab_size=len(WORDS) + 3,
+        d_model=32,
+        d_kv=8,
+        d_ff=37,
+        num_layers=2,
+        num_heads=4,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    pipeline = WanPipeline(
+        tokenizer=tiny_tokenizer(16),  # pyright: ignore[reportArgumentType]
+        text_encoder=UMT5EncoderModel(text),
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=first,
+        transformer_2=second[0] if second else None,
+        boundary_ratio=boundary,
+    )
+    for part in (first, *second, vae, pipeline.text_encoder):
+        part.eval()
+    return pipeline
+
+
+def _tiny_wan_transformer() -> WanTransformer3DModel:
+    return WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=32, freq_dim=32,
+        ffn_dim=32, num_layers=1, rope_max_seq_len=32,
+    )  # fmt: skip
 
 
 def write_prompts(path: Path, count: int) -> str:

@@ -8,18 +8,30 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import Tensor
 
+    from grpo_flex.generators.memory import Memory
+    from grpo_flex.types import Prompt
+
     Conditioning = Mapping[str, Tensor]
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+SECOND_LORA_FILE = "pytorch_lora_weights_2.safetensors"
+"""Of a model with two experts: the second one's. Diffusers reads one expert from one file."""
 
 
 class Generator(Protocol):
     """A frozen dataclass that knows where the weights are and how to load them."""
+
+    @property
+    def memory(self) -> Memory:
+        """What is traded for memory, or for speed."""
+        ...
 
     def load(self, device: str) -> Model:
         """Load the weights, frozen and in eval mode.
@@ -29,20 +41,35 @@ class Generator(Protocol):
         """
         ...
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Refuse what the model could not take whole, without loading weights: tokenizers say how long a prompt is.
+
+        Raises:
+            ValueError: a prompt over the token limit, or without the source picture that an editor needs.
+        """
+        ...
+
 
 class Model(Protocol):
     """A loaded generator."""
 
     transformer: torch.nn.Module
-    """The denoiser: what the LoRA adapter is added to."""
+    """The denoiser, or all of them as one module: what the LoRA adapter is added to."""
     adapter_targets: tuple[str, ...]
     """Module-name suffixes that LoRA adapts unless the experiment says otherwise."""
     latent_shape: tuple[int, int]
     """(N, C) of one sample."""
     device: str
 
-    def encode(self, texts: Sequence[str]) -> list[Conditioning]:
-        """One conditioning for each text, with batch dimension 1."""
+    def prepare(self, prompts: Sequence[Prompt]) -> None:
+        """Check prompts as ``Generator.check`` does, and encode ahead what is kept on disk (``Memory.encodings``)."""
+        ...
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[Conditioning]:
+        """One conditioning for each prompt, with batch dimension 1, on the CPU.
+
+        Where prompts of different lengths are not padded to one, a mask belongs to it: batches are padded with zeros.
+        """
         ...
 
     def sigmas(self, steps: int) -> tuple[float, ...]:
@@ -62,10 +89,12 @@ class Model(Protocol):
         ...
 
 
-def folder_problems(model: str, pipeline: str, hub_example: str) -> Iterator[tuple[str, str]]:
-    """What can be told of ``generator.model`` without loading weights: is it there, and of the right class?
+def folder_problems(
+    model: str, pipeline: str, hub_example: str, parts: Sequence[str] = ()
+) -> Iterator[tuple[str, str]]:
+    """What can be told of ``generator.model`` without loading weights: is it there, of the right class, and whole?
 
-    A name like "owner/model" that is no folder here is taken for a Hub id and not looked at.
+    ``parts`` are the components that it has to have. A name like "owner/model" that is no folder here is taken for a Hub id and not looked at.
     """
     folder, index = Path(model), Path(model) / "model_index.json"
     looks_local = model.startswith((".", "/", "~")) or model.count("/") != 1 or folder.parent.is_dir()
@@ -77,7 +106,8 @@ def folder_problems(model: str, pipeline: str, hub_example: str) -> Iterator[tup
             )
         return
     try:
-        found = json.loads(index.read_text())["_class_name"]
+        said = json.loads(index.read_text())
+        found = said["_class_name"]
     except (OSError, ValueError, KeyError, TypeError):
         yield (
             "model",
@@ -86,3 +116,52 @@ def folder_problems(model: str, pipeline: str, hub_example: str) -> Iterator[tup
         return
     if found != pipeline:
         yield "model", f"is {model!r}, which holds a {found}; this generator needs a {pipeline}"
+        return
+    for part in parts:
+        if (said.get(part) or [None])[0] is None or not any((folder / part).glob("*")):
+            yield "model", f"is {model!r}, which has no {part}; give a folder with the whole {pipeline}"
+
+
+def load_pipeline(pipeline: str, model: str, **options: Any) -> Any:
+    """``from_pretrained`` of one of diffusers' pipelines; a component that is given as None is not loaded.
+
+    Raises:
+        ValueError: with the way out: another folder, another name, a licence to accept, a download made elsewhere.
+    """
+    import diffusers
+    from huggingface_hub.errors import HTTPError  # its client's own, which passes where nothing answers
+
+    try:
+        return getattr(diffusers, pipeline).from_pretrained(model, **options)
+    except (OSError, ValueError, AttributeError, TypeError, RuntimeError, HTTPError) as error:
+        raise ValueError(
+            f"generator.model {model!r} cannot be loaded as a {pipeline}: {error}\n{_way_out(error, pipeline, model)}"
+        ) from error
+
+
+def _way_out(error: BaseException | None, pipeline: str, model: str) -> str:
+    causes: set[str] = set()
+    while error is not None:
+        causes |= {cls.__name__ for cls in type(error).__mro__}
+        error = error.__cause__ or error.__context__
+    if "GatedRepoError" in causes:
+        return f"Accept its licence at https://huggingface.co/{model}, then set HF_TOKEN to a token of that account."
+    if "RepositoryNotFoundError" in causes:
+        return "The Hub knows no such model, or it is private: check the name, and set HF_TOKEN if it is yours."
+    if causes & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "TransportError"}:
+        return "The Hub cannot be reached from here: download the model where it can be, and give the folder's path."
+    return (
+        f"Give a folder written by {pipeline}.save_pretrained, or a Hub id that this machine can reach "
+        "(accept the model's licence on the Hub and set HF_TOKEN first, or download it elsewhere and pass its path)."
+    )
+
+
+def write_lora(
+    pipeline: Any, folder: Path, tensors: Mapping[str, Tensor], rank: int, alpha: float, file: str = LORA_FILE
+) -> Path:
+    """A LoRA file for the pipeline's transformer, as its own ``load_lora_weights`` reads it, with rank and alpha."""
+    metadata = {"r": rank, "lora_alpha": alpha, "target_modules": sorted({key.split(".lora_")[0] for key in tensors})}
+    pipeline.save_lora_weights(
+        folder, transformer_lora_layers=dict(tensors), transformer_lora_adapter_metadata=metadata, weight_name=file
+    )
+    return Path(folder) / file

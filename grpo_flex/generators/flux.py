@@ -1,66 +1,71 @@
-"""FLUX.1 (dev, schnell and anything of their class) through diffusers' own classes.
+"""FLUX.1: dev, schnell and anything of their class, and the editor Kontext, through diffusers' own classes.
 
 Time scale: the transformer takes t = σ in [0, 1] (the pipeline's timestep / 1000). Latents are packed 2×2, so a
-picture of H×W pixels has N = (H/16)·(W/16) tokens of C = 4·latent_channels. Guidance is embedded (dev), never
-classifier-free; the same value goes into rollout, update and reference.
+picture of H×W pixels has N = (H/16)·(W/16) tokens of C = 4·latent_channels; a source picture adds as many tokens after
+them, with first position 1 instead of 0. Guidance is embedded (dev, Kontext), never classifier-free; the same value
+goes into rollout, update and reference. The adapter sits on attention and feed-forward projections and the output layer.
+
+Schedule: dev's own shift is exp(μ) with μ growing linearly from 0.5 at 256 tokens to 1.15 at 4096; schnell's is 1. The
+default here is the constant 3 of Flow-GRPO and Pref-GRPO, close to dev's own at 1024×1024 (3.16), so that a recipe's
+noise levels, and with them its clip range, stay as they are when the size changes. ``shift=0`` takes the model's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from grpo_flex.dynamics import shifted_sigmas
-from grpo_flex.generators.base import folder_problems
+from grpo_flex.generators.picture import Picture, PictureModel
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
     from grpo_flex.generators.base import Conditioning
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flux:
+class Flux(Picture):
     """FLUX.1 text-to-image."""
 
-    model: str
-    """A folder with a saved FluxPipeline, or a Hugging Face Hub id."""
-    height: int = 512
-    width: int = 512
     guidance: float = 3.5
     """Embedded guidance; ignored by models without the embedding (schnell)."""
     shift: float = 3.0
-    """Time shift of the σ schedule."""
-    max_sequence_length: int = 512
-    """Tokens of the T5 prompt."""
-    dtype: str = "float32"
-    """Precision of the frozen base weights: float32 or bfloat16."""
+    """Time shift of the σ schedule; 0: the model's own schedule."""
+
+    pipeline: ClassVar[str] = "FluxPipeline"
+    example: ClassVar[str] = "black-forest-labs/FLUX.1-dev"
+    texts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    # T5 reads the whole prompt; CLIP, which gives one vector, reads its beginning (77 tokens) by design.
+    tokenizer: ClassVar[str] = "tokenizer_2"
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        for name in ("height", "width"):
-            if getattr(self, name) < 16 or getattr(self, name) % 16:
-                yield (
-                    name,
-                    f"is {getattr(self, name)}; FLUX packs 2×2 blocks of 8-pixel latents, so it needs a multiple of 16",
-                )
-        if self.shift <= 0:
-            yield "shift", f"is {self.shift}; it needs to be above 0 (1 leaves the schedule linear)"
-        if self.dtype not in ("float32", "bfloat16"):
-            yield "dtype", f"is {self.dtype!r}; it needs to be float32 or bfloat16"
-        yield from folder_problems(self.model, "FluxPipeline", "black-forest-labs/FLUX.1-dev")
+        yield from super().problems()
+        if self.guidance < 0:
+            yield "guidance", f"is {self.guidance}; embedded guidance is 0 or more (dev was distilled around 3.5)"
 
     def load(self, device: str) -> FluxModel:
         return FluxModel(self, device)
 
 
-class FluxModel:
-    """A loaded FluxPipeline, taken apart into what the trainer needs."""
+@dataclass(frozen=True, kw_only=True)
+class FluxKontext(Flux):
+    """FLUX.1-Kontext: edits the picture that a prompt's ``reference["source"]`` names.
 
-    # Attention and feed-forward projections of both block kinds, and the output layer (also a "proj_out"); norms and
-    # embedders stay frozen.
+    The source is brought to height×width (scaled to cover it, cut in the middle). Kontext was trained at about one megapixel.
+    """
+
+    guidance: float = 2.5
+
+    pipeline: ClassVar[str] = "FluxKontextPipeline"
+    example: ClassVar[str] = "black-forest-labs/FLUX.1-Kontext-dev"
+    edits: ClassVar[bool] = True
+
+
+class FluxModel(PictureModel):
+    """A loaded FluxPipeline or FluxKontextPipeline."""
+
+    # Both block kinds have a "proj_out", and the transformer too; norms and embedders stay frozen.
     adapter_targets: tuple[str, ...] = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
@@ -70,86 +75,37 @@ class FluxModel:
     def __init__(self, config: Flux, device: str) -> None:
         import torch
 
-        self.config, self.device = config, device
-        self.pipeline = _load_pipeline(config, getattr(torch, config.dtype)).to(device)
-        for part in (
-            self.pipeline.transformer,
-            self.pipeline.vae,
-            self.pipeline.text_encoder,
-            self.pipeline.text_encoder_2,
-        ):
-            part.requires_grad_(False).eval()
-        self.transformer: Any = self.pipeline.transformer
-        scale = self.pipeline.vae_scale_factor * 2
-        if config.height % scale or config.width % scale:
-            raise ValueError(
-                f"generator.height × width is {config.height}×{config.width}; {config.model} needs multiples of {scale}"
-            )
-        self._grid = (config.height // scale, config.width // scale)
-        self.latent_shape: tuple[int, int] = (self._grid[0] * self._grid[1], self.transformer.config.in_channels)
-        self._img_ids = self.pipeline._prepare_latent_image_ids(1, *self._grid, torch.device(device), torch.float32)
+        super().__init__(config, device)
+        self._ids = self.pipeline._prepare_latent_image_ids(1, *self._grid, torch.device(device), torch.float32)
+        if config.edits:
+            self._ids = torch.cat([self._ids, self._ids + torch.tensor([1.0, 0.0, 0.0], device=device)])
 
-    def encode(self, texts: Sequence[str]) -> list[Conditioning]:
+    def _text(self, stock: Any, text: str) -> Conditioning:
+        length = self.config.max_sequence_length
+        embeds, pooled, _ = stock.encode_prompt([text], [text], device=self.device, max_sequence_length=length)
+        return {"embeds": embeds, "pooled": pooled}
+
+    def _predict(self, x: Tensor, sigma: float, given: Mapping[str, Tensor]) -> Tensor:
         import torch
 
-        with torch.no_grad():
-            embeds, pooled, _ = self.pipeline.encode_prompt(
-                list(texts), list(texts), device=self.device, max_sequence_length=self.config.max_sequence_length
-            )
-        return [{"embeds": embeds[i : i + 1], "pooled": pooled[i : i + 1]} for i in range(len(texts))]
-
-    def sigmas(self, steps: int) -> tuple[float, ...]:
-        return shifted_sigmas(steps, self.config.shift)
-
-    def velocity(self, x: Tensor, sigma: float, conditioning: Conditioning) -> Tensor:
-        import torch
-
-        batch, dtype = x.shape[0], self.transformer.dtype
-        embeds = conditioning["embeds"].to(self.device, dtype)
-        guidance = x.new_full((batch,), self.config.guidance) if self.transformer.config.guidance_embeds else None
+        embedded = self.transformer.config.guidance_embeds
+        tokens = torch.cat([x.to(self.dtype), given["source"]], dim=1) if "source" in given else x.to(self.dtype)
         return self.transformer(
-            hidden_states=x.to(dtype),
-            timestep=x.new_full((batch,), sigma).to(dtype),
-            guidance=guidance,
-            pooled_projections=conditioning["pooled"].to(self.device, dtype).expand(batch, -1),
-            encoder_hidden_states=embeds.expand(batch, -1, -1),
+            hidden_states=tokens,
+            timestep=x.new_full((len(x),), sigma).to(self.dtype),
+            guidance=x.new_full((len(x),), self.config.guidance) if embedded else None,
+            pooled_projections=given["pooled"],
+            encoder_hidden_states=given["embeds"],
             # RoPE positions of text are all zero, but their number is the padded length.
-            txt_ids=torch.zeros(embeds.shape[1], 3, device=self.device),
-            img_ids=self._img_ids,
+            txt_ids=torch.zeros(given["embeds"].shape[1], 3, device=self.device),
+            img_ids=self._ids,
             return_dict=False,
-        )[0].float()
+        )[0][:, : x.shape[1]]
 
-    def decode(self, x: Tensor) -> list[np.ndarray]:
-        import torch
+    def _tokens(self, latents: Tensor) -> Tensor:
+        return self.pipeline._pack_latents(latents, *latents.shape)
 
-        vae, config = self.pipeline.vae, self.config
-        with torch.no_grad():
-            latents = self.pipeline._unpack_latents(x, config.height, config.width, self.pipeline.vae_scale_factor)
-            latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-            pixels = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-        pictures = self.pipeline.image_processor.postprocess(pixels, output_type="np")
-        return [(picture[None] * 255).round().astype("uint8") for picture in pictures]
-
-    def save_adapter(self, folder: Path, tensors: Mapping[str, Tensor], rank: int, alpha: float) -> Path:
-        metadata = {"r": rank, "lora_alpha": alpha, "target_modules": sorted({_module(key) for key in tensors})}
-        self.pipeline.save_lora_weights(
-            folder, transformer_lora_layers=dict(tensors), transformer_lora_adapter_metadata=metadata
-        )
-        return Path(folder) / "pytorch_lora_weights.safetensors"
-
-
-def _module(key: str) -> str:
-    return key.split(".lora_")[0]
-
-
-def _load_pipeline(config: Flux, dtype: Any) -> Any:
-    from diffusers import FluxPipeline
-
-    try:
-        return FluxPipeline.from_pretrained(config.model, dtype=dtype)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"generator.model {config.model!r} cannot be loaded as a FluxPipeline: {error}\n"
-            "Give a folder written by FluxPipeline.save_pretrained, or a Hub id that this machine can reach "
-            "(accept the model's licence on the Hub and set HF_TOKEN first, or download it elsewhere and pass its path)."
-        ) from error
+    def _latents(self, x: Tensor) -> Tensor:
+        config, vae = self.config, self.pipeline.vae.config
+        latents = self.pipeline._unpack_latents(x, config.height, config.width, self.pipeline.vae_scale_factor)
+        return latents / vae.scaling_factor + vae.shift_factor

@@ -95,7 +95,7 @@ def test_a_judge_of_the_runs_own_and_a_worker_that_are_killed_come_back_by_thems
     wait_for(lambda: len(rows(run_dir)) >= 3, process)
     (judge,) = descendants(process.pid, "testbed.oracle_judge")
     os.kill(judge, signal.SIGKILL)
-    os.kill(descendants(process.pid, "ray::_RolloutActor")[0], signal.SIGKILL)
+    os.kill(descendants(process.pid, "ray::RolloutActor")[0], signal.SIGKILL)
     out = finished(process)
     check_complete(run_dir)
     assert "the judge's process has ended; starting it again" in out
@@ -103,6 +103,18 @@ def test_a_judge_of_the_runs_own_and_a_worker_that_are_killed_come_back_by_thems
     state = json.loads((run_dir / "status.json").read_text())
     assert sorted(state["workers"][f"rollout-{i}"] for i in (0, 1)) == ["alive", "alive, restarted once"]
     assert [what.split(",")[0] for what in state["judge"].values()] == ["healthy"]
+
+
+def test_a_learner_that_is_killed_goes_on_from_the_last_completed_step(tmp_path: Path) -> None:
+    process = start_training(experiment_file(with_judge(tmp_path, server=SLOW), tmp_path))
+    run_dir = tmp_path / "runs" / "tiny"
+    wait_for(lambda: len(rows(run_dir)) >= 3, process)
+    os.kill(descendants(process.pid, "ray::LearnerActor")[0], signal.SIGKILL)
+    out = finished(process)
+    check_complete(run_dir)
+    assert "a learner died; starting again from the last completed step" in out
+    state = json.loads((run_dir / "status.json").read_text())
+    assert state["workers"]["learner"] == "alive, restarted once"
 
 
 def test_a_judge_that_keeps_dying_stops_the_run_in_order(tmp_path: Path) -> None:
@@ -119,20 +131,20 @@ def test_a_judge_that_keeps_dying_stops_the_run_in_order(tmp_path: Path) -> None
     assert main(["train", "--resume", str(run_dir), f"steps={done + 1}"]) == 0
 
 
-def test_sigterm_to_every_process_leaves_the_last_checkpoint(tmp_path: Path) -> None:
-    """As a scheduler ends a job: Ray's workers die before the learner's state can be fetched."""
+def test_sigterm_to_every_worker_too_loses_no_completed_step(tmp_path: Path) -> None:
+    """As a scheduler ends a job: the workers die first, but the newest state is in the object store."""
     config = with_judge(tmp_path, steps=40, server=SLOW)
     config = replace(config, checkpoint=replace(config.checkpoint, every=2))
     process = start_training(experiment_file(config, tmp_path))
     run_dir = tmp_path / "runs" / "tiny"
     wait_for(lambda: len(rows(run_dir)) == 4, process)  # step 3 is done and not in a checkpoint
-    for worker in descendants(process.pid, "ray::"):
+    for worker in descendants(process.pid, "Actor"):  # not Ray's own agents: it ends the driver when those are gone
         os.kill(worker, signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=300)
     assert process.returncode == RESUME_ME, out
-    assert "the learner has ended too; the last checkpoint stands" in out and "--resume" in out
+    assert "the learner has ended too" in out and "--resume" in out
     last = checkpoint.load(run_dir)[0]
-    assert last % 2 == 0 and last >= 2 and (run_dir / "report.html").is_file()
+    assert last == len(rows(run_dir)) - 1 >= 3 and (run_dir / "report.html").is_file()
     assert main(["train", "--resume", str(run_dir), f"steps={last + 1}"]) == 0
     assert [row["step"] for row in read_metrics(run_dir)] == list(range(last + 2))

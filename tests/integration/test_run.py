@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import os
 import signal
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from grpo_flex import checkpoint
 from grpo_flex.__main__ import main
-from grpo_flex.config import RunConfig, to_json
+from grpo_flex.config import Evaluation, RunConfig, to_json
 from grpo_flex.metrics import read_metrics
 from grpo_flex.run import RESUME_ME
+from grpo_flex.types import Prompt
 from tests.configs import judge_of, tiny_config
 from tests.integration.processes import experiment_file, rows, start_training, wait_for
 
@@ -49,6 +51,7 @@ def test_a_complete_run_leaves_what_it_promises(straight: Path) -> None:
     for row in rows[1:]:
         assert {"reward/mean", "perf/rollout_s", "perf/judge_s", "perf/update_s", "judge/parse_rate"} <= row.keys()
         assert all(v is not None for v in row.values())
+    assert [step for step, row in enumerate(rows) if "heldout/win_rate" in row] == [2, 4]  # step 0 is the base itself
     assert rows[1]["policy/ratio"] == 1 and rows[1]["policy/log_ratio_abs"] == 0
     for name in (
         "config.json",
@@ -58,7 +61,9 @@ def test_a_complete_run_leaves_what_it_promises(straight: Path) -> None:
         "samples/before_after.png",
     ):
         assert (run_dir / name).stat().st_size > 0, name
-    assert [p.name for p in checkpoint.complete(run_dir)] == ["step_000003", "step_000004"]
+    assert [p.name for p in checkpoint.complete(run_dir)][-2:] == ["step_000003", "step_000004"]
+    best = max((2, 4), key=lambda step: (rows[step]["heldout/oracle"], step))
+    assert checkpoint.best(run_dir) == run_dir / "checkpoints" / f"step_{best:06d}"
 
 
 def test_a_resume_equals_the_run_never_stopped_also_with_another_number_of_workers(
@@ -96,6 +101,39 @@ def test_a_run_stopped_in_its_first_step_can_be_resumed(straight: Path, tmp_path
     # Overrides may stand behind --resume, as `make … RESUME=… ARGS=…` writes them.
     assert main(["train", "exp.py", "--resume", str(run_dir), "steps=4"]) == 0
     assert numbers(run_dir) == numbers(straight / "runs" / "tiny")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Falling:
+    """A held-out score that is lower each time it is asked for."""
+
+    path: str
+
+    def __call__(self, media: np.ndarray, prompt: Prompt) -> dict[str, float]:
+        with Path(self.path).open("a") as file:
+            file.write("x")
+        return {"falling": -float(Path(self.path).stat().st_size)}
+
+
+def test_a_run_whose_held_out_score_falls_stops_early(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scorer = Falling(path=str(tmp_path / "calls"))
+    file = experiment(tmp_path, steps=9, evaluation=Evaluation(every=1, scorer=scorer, stop_after=2))
+    assert main(["train", file]) == 0
+    run_dir = tmp_path / "runs" / "tiny"
+    assert [row["step"] for row in read_metrics(run_dir)] == [0, 1, 2] and checkpoint.load(run_dir)[0] == 2
+    out = capsys.readouterr().out
+    assert "stopping early: heldout/falling" in out and "for 2 evaluations running" in out
+
+
+def test_a_configuration_that_does_not_fit_the_checkpoint_changes_nothing(
+    straight: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = straight / "runs" / "tiny"
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    assert main(["train", "--resume", str(run_dir), "steps=9", "adapter.rank=2"]) == 2
+    message = capsys.readouterr().err
+    assert "do not fit the model" in message and "adapter.rank" in message and "Traceback" not in message
+    assert before == {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
 
 
 def test_evaluate_and_compare_read_a_run(straight: Path, capsys: pytest.CaptureFixture[str]) -> None:

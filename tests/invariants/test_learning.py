@@ -187,7 +187,7 @@ def test_sampler_without_noise_equals_the_diffusers_pipeline(
     pipeline.save_pretrained(tmp_path)
     worker = RolloutWorker(override(config, [f"generator.model={tmp_path}"]))
     seeds = [11, 12]
-    conditioning = worker.model.encode([PROMPT.text])[0]
+    conditioning = worker.model.encode([PROMPT])[0]
     latents = worker._noise(seeds)
     with torch.no_grad():
         ours = worker.model.decode(worker.sample_ode(conditioning, seeds, 5))
@@ -210,7 +210,7 @@ def test_the_saved_adapter_gives_the_trainers_pictures_in_a_stock_pipeline(confi
     worker = RolloutWorker(config)
     with torch.no_grad():
         worker.use(adapter)
-        conditioning = worker.model.encode([PROMPT.text])[0]
+        conditioning = worker.model.encode([PROMPT])[0]
         ours = worker.sample_ode(conditioning, [3], 4)
         base = RolloutWorker(config).sample_ode(conditioning, [3], 4)
     pipeline: Any = FluxPipeline.from_pretrained(_model(config))

@@ -100,7 +100,7 @@ def test_held_out_samples_take_their_own_solver(config: RunConfig) -> None:
     for solver in (Ode(), Multistep()):
         sampling = replace(config.sampling, eval_steps=4, eval_solver=solver)
         worker = RolloutWorker(replace(config, sampling=sampling))
-        pictures.append(worker.sample_ode(worker.model.encode([PROMPT.text])[0], [3], 4))
+        pictures.append(worker.sample_ode(worker.model.encode([PROMPT])[0], [3], 4))
     assert not torch.equal(*pictures)
 
 

@@ -30,15 +30,14 @@ def test_the_judge_in_process_rules_as_the_judge_over_http() -> None:
     import random
 
     rng = np.random.default_rng(0)
-    for _ in range(200):
+    for seed in range(200):
         one, two = (score(*rng.integers(0, 3, 3) / 2) for _ in range(2))
-        verdict = bench.compare((0, 1), one, two, toss=1)
-        theirs = Judging(OracleJudge())._winners(one, two, random.Random(0))
-        if one == two:
-            continue
-        if bench.compare((0, 1), one, two, toss=0) == verdict:  # no coin was tossed
-            ours = [verdict.dimensions[k] for k in ("alignment", "quality", "aesthetics")]
-            assert (*ours, verdict.winner) == theirs
+        chance = random.Random(seed)
+        theirs = Judging(OracleJudge())._winners(one, two, random.Random(seed))
+        _ = chance.random(), chance.random()  # noise and position bias
+        tosses = [chance.randrange(2) for _ in range(4)]
+        verdict = bench.compare((0, 1), one, two, tosses[3])
+        assert (*(verdict.dimensions[k] for k in ("alignment", "quality", "aesthetics")), verdict.winner) == theirs
 
 
 def result(name: str, seed: int, scores: list[float], diversity: list[float]) -> dict[str, Any]:

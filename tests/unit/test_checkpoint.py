@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,16 @@ def test_no_checkpoint(tmp_path: Path) -> None:
         checkpoint.load(tmp_path)
 
 
+def test_the_best_one_stays_too(tmp_path: Path) -> None:
+    for step, score in ((1, 0.5), (2, 0.9), (3, None), (4, 0.7), (5, None)):
+        checkpoint.save(tmp_path, step, state(step), keep=1, score=score, keep_best=True)
+    assert [p.name for p in checkpoint.complete(tmp_path)] == ["step_000002", "step_000005"]
+    best = checkpoint.best(tmp_path)
+    assert best is not None and best.name == "step_000002" and checkpoint.load(tmp_path)[0] == 5
+    checkpoint.save(tmp_path, 6, state(6), keep=1, score=0.9, keep_best=True)  # as good, and newer
+    assert [p.name for p in checkpoint.complete(tmp_path)] == ["step_000006"]
+
+
 class Killed(BaseException):
     pass
 
@@ -56,6 +67,52 @@ def test_a_kill_at_any_point_leaves_the_previous_one_valid(
     assert checkpoint.load(tmp_path)[0] == 1
     checkpoint.save(tmp_path, 2, state(2), keep=2)  # what the kill left behind is no obstacle
     assert checkpoint.load(tmp_path)[0] == 2
+
+
+def test_a_kill_at_any_byte_leaves_the_previous_one_valid(tmp_path: Path) -> None:
+    """What a kill leaves behind is a folder under another name, with any part of its files."""
+    checkpoint.save(tmp_path, 1, state(1), keep=2)
+    newest = checkpoint.save(tmp_path, 2, state(2), keep=2)
+    whole = (newest / "learner.pt").read_bytes()
+    partial = newest.with_name(f".{newest.name}.partial")
+    newest.rename(partial)
+    for size in (0, 1, len(whole) // 2, len(whole) - 1, len(whole)):
+        (partial / "learner.pt").write_bytes(whole[:size])
+        assert checkpoint.load(tmp_path)[0] == 1
+    checkpoint.save(tmp_path, 2, state(2), keep=2)
+    assert checkpoint.load(tmp_path)[0] == 2 and not partial.exists()
+
+
+def test_a_kill_while_an_old_one_is_removed_leaves_whole_ones_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.save(tmp_path, 1, state(1), keep=1)
+    real = shutil.rmtree
+
+    def die(path: Path, ignore_errors: bool = False) -> None:
+        if Path(path).exists():
+            (Path(path) / "learner.pt").unlink(missing_ok=True)
+            raise Killed
+        real(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", die)
+    with pytest.raises(Killed):
+        checkpoint.save(tmp_path, 2, state(2), keep=1)
+    monkeypatch.undo()
+    assert [p.name for p in checkpoint.complete(tmp_path)] == ["step_000002"]
+
+
+def test_no_permission_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tmp_path, 1, state(1), keep=2)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(CheckpointError, match=r"Permission denied.*fix permissions, then --resume"):
+        checkpoint.save(tmp_path, 2, state(2), keep=2)
+    monkeypatch.undo()
+    assert checkpoint.load(tmp_path)[0] == 1
 
 
 def test_a_full_disk_is_reported_and_earlier_ones_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

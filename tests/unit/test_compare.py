@@ -45,6 +45,18 @@ def test_picture_holds_curves_and_the_same_prompts(runs: list[Path], tmp_path: P
     assert {(0x2A, 0x78, 0xD6), (0xEB, 0x68, 0x34)} <= colors  # a curve for each run
 
 
+def test_clips_play_side_by_side(tmp_path: Path) -> None:
+    import imageio.v2 as imageio
+    import numpy as np
+
+    runs = [make_run(tmp_path / side, upto=5, frames=5) for side in ("a", "b")]
+    text = compare(runs, tmp_path / "picture.png")
+    assert f"Clips: {tmp_path / 'picture.mp4'}" in text.replace("\n/", "/")
+    film = list(imageio.get_reader(tmp_path / "picture.mp4").iter_data())
+    assert film[0].shape[1] <= 1280
+    assert np.abs(film[0].astype(int) - film[4].astype(int)).max() > 100  # the disc has moved
+
+
 def test_equal_configurations_and_runs_without_anything(tmp_path: Path) -> None:
     empty = [make_run(tmp_path / side, upto=-1) for side in ("a", "b")]
     text = compare(empty, tmp_path / "picture.png")

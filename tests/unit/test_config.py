@@ -17,12 +17,15 @@ from grpo_flex.generators.flux import Flux
 from reward_server.families.unified import Unified2Point
 from tests.configs import judge_of
 
-RECIPES = sorted(p for p in Path("experiments").glob("*.py") if p.name != "__init__.py")
+# Those that train a judge are another kind (reward_server.judge_training).
+RECIPES = sorted(p for p in Path("experiments").glob("[!_]*.py") if not p.name.startswith("judge_"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_every_recipe_is_valid_and_survives_json_and_pickle(path: Path) -> None:
     config = load_experiment(path)
+    if path.stem == "shapes_video" and not Path("testbed/tiny_wan").is_dir():
+        pytest.skip("the tiny Wan is not trained yet")
     config.validate()
     assert from_json(to_json(config)) == config
     assert pickle.loads(pickle.dumps(config)) == config
@@ -114,7 +117,7 @@ def invalid(config: RunConfig) -> list[tuple[RunConfig, str]]:
             replace(config, judge=replace(judge_of(config), server=None, endpoints=("localhost:80",))),
             "each needs to be a URL",
         ),
-        (replace(config, generator=replace(_flux(config), height=30)), "generator.height is 30; FLUX packs"),
+        (replace(config, generator=replace(_flux(config), height=30)), "generator.height is 30; Flux packs"),
         (
             replace(config, generator=replace(_flux(config), model="./nowhere")),
             "generator.model is './nowhere', which is no folder",

@@ -123,6 +123,11 @@ def test_small_pictures_are_enlarged_by_whole_numbers_and_large_ones_reduced() -
     assert pictures.scaled(np.zeros((720, 1440, 3), np.uint8)).size == (384, 192)
 
 
+def test_more_motion_is_no_better_score() -> None:
+    assert pictures.main_score({"motion": 0.1}) is None
+    assert pictures.main_score({"motion": 0.1, "win_rate": 0.5}) == "win_rate"
+
+
 def test_clips_become_an_mp4_that_plays_beside_a_strip(tmp_path: Path) -> None:
     import imageio.v2 as imageio
 

@@ -1,0 +1,184 @@
+"""Speed, memory and precision of one generator at its true size with random weights: what gpu_flux and gpu_wan share.
+
+One process holds the learner's model, samples one group with it and learns from that group, as a rollout worker and the
+learner do in turn. Needs torch, transformers, diffusers, peft and accelerate, and neither Ray, vLLM nor W&B.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from grpo_flex.config import RunConfig
+from grpo_flex.generators.blank import Description, stand_in, without_weights
+from grpo_flex.plan import GIB, make_plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One setting. Seconds are of one group: its whole rollout without decoding, and one pass of the update a trained step."""
+
+    name: str
+    rollout_s: float
+    rollout_tflops: float
+    """Sustained, 10¹² a second."""
+    update_s: float
+    update_tflops: float
+    peak_gib: float
+    """Of the update, as the CUDA allocator counts; 0 on the CPU."""
+    planned_gib: float
+    gap: float
+    """Mean over siblings and steps of |log p of the rollout − log p of the update|, nats a dimension."""
+    largest_gap: float
+
+
+def parser(text: str) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=text)
+    made.add_argument("--tiny", action="store_true", help="a tiny model, on the CPU: shows that the benchmark runs")
+    made.add_argument("--group-size", type=int, default=4)
+    made.add_argument("--steps", type=int, default=4, help="denoising steps; all but the last are trained")
+    made.add_argument(
+        "--peak-tflops", type=float, default=0.0, help="the card's own dense bf16 peak, for its utilisation"
+    )
+    made.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
+    return made
+
+
+def measure(config: RunConfig, name: str, device: str) -> Row:
+    """Sample and learn from one group, once to warm up and once for the clock."""
+    import torch
+
+    from grpo_flex.learner import BoundPolicy, Learner
+
+    plan = make_plan(config)
+    torch.manual_seed(0)
+    with without_weights(device):
+        learner = Learner(config, device)
+    model: Any = learner.model
+    policy = BoundPolicy(model, stand_in(model), config.sampling.dynamics, learner.parameters)
+
+    def update() -> None:
+        learner.optimizer.zero_grad(set_to_none=False)
+        advantages = torch.linspace(-1, 1, config.sampling.group_size, device=device)
+        for term in config.objective.terms(policy, trajectories, advantages, 0):
+            term.loss_G.sum().backward()
+        learner.optimizer.step()
+
+    trajectories, logprobs = _rollout(config, policy, device)
+    gap = _gap(policy, trajectories, logprobs)
+    update()
+    rollout_s = _seconds(lambda: _rollout(config, policy, device), device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    update_s = _seconds(update, device)
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+    process = next(p for p in plan.processes if p.name == "learner")
+    rollout_flops, update_flops = (
+        plan.forward_flops * config.sampling.steps,
+        plan.update_flops / config.prompts.per_step,
+    )
+    return Row(
+        name=name, rollout_s=rollout_s, rollout_tflops=rollout_flops / rollout_s / 1e12, update_s=update_s,
+        update_tflops=update_flops / update_s / 1e12, peak_gib=peak / GIB, planned_gib=process.total / GIB,
+        gap=float(gap.mean()), largest_gap=float(gap.max()),
+    )  # fmt: skip
+
+
+def _rollout(config: RunConfig, policy: Any, device: str) -> tuple[Any, Any]:
+    """One group's trained steps and their log-probabilities [G, K], with noise that is the same each time."""
+    import torch
+
+    from grpo_flex.dynamics import step
+    from grpo_flex.types import Trajectories
+
+    sampling, shape = config.sampling, policy.model.latent_shape
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(sampling.group_size, *shape, generator=generator).to(device)
+    sigmas, before, after, logprobs = policy.model.sigmas(sampling.steps), [], [], []
+    means: list[Any] = []
+    with torch.no_grad():
+        for sigma, sigma_next in pairwise(sigmas[:-1]):
+            noise = torch.randn(x.shape, generator=generator).to(device)
+            taken = step(sampling.dynamics, x, policy.velocity(x, sigma), sigma, sigma_next, noise=noise)
+            before.append(x)
+            means.append(taken.mean)
+            after.append(taken.next_sample)
+            logprobs.append(taken.logprob)
+            x = taken.next_sample
+        x = sampling.solver.advance(x, policy.velocity(x, sigmas[-2]), sigmas[-2], sigmas[-1], None)
+    trajectories = Trajectories(
+        latents_GKNC=torch.stack(before, 1), next_latents_GKNC=torch.stack(after, 1),
+        steps_K=tuple(range(len(before))), sigmas=tuple(sigmas), logprobs_GK=torch.stack(logprobs, 1),
+        means_GKNC=torch.stack(means, 1), final_GNC=x,
+    )  # fmt: skip
+    return trajectories, trajectories.logprobs_GK
+
+
+def _gap(policy: Any, trajectories: Any, logprobs: Any) -> Any:
+    """|log p of the rollout − log p with gradients on|, [G, K]: what the ratio is away from 1 before any update."""
+    import torch
+
+    scored = [policy.rescore(trajectories, k).logprob.detach() for k in range(len(trajectories.steps_K))]
+    return (torch.stack(scored, 1) - logprobs).abs()
+
+
+def _seconds(call: Callable[[], Any], device: str) -> float:
+    import torch
+
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    began = time.perf_counter()
+    call()
+    wait()
+    return time.perf_counter() - began
+
+
+def run(config: RunConfig, arguments: argparse.Namespace) -> list[Row]:
+    """Plain, with all blocks recomputed, and compiled; each in a process's memory of its own as far as it can be freed."""
+    import gc
+
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() and not arguments.tiny else "cpu"
+    if device == "cpu" and not arguments.tiny:
+        raise SystemExit("error: torch sees no CUDA device here; --tiny runs a small model on the CPU")
+    settings: dict[str, dict[str, Any]] = {"all blocks recomputed": {"checkpoint_every": 1}}
+    if not arguments.no_compile:
+        settings["recomputed, compiled"] = {"checkpoint_every": 1, "compile": True}
+    rows = []
+    for name, changes in settings.items():
+        generator: Any = config.generator
+        varied = replace(generator, memory=replace(generator.memory, **changes))
+        rows.append(measure(replace(config, generator=varied), name, device))
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    _print(rows, arguments.peak_tflops)
+    return rows
+
+
+def _print(rows: list[Row], peak_tflops: float) -> None:
+    for row in rows:
+        share = f" ({row.rollout_tflops / peak_tflops:.1%})" if peak_tflops else ""
+        of_update = f" ({row.update_tflops / peak_tflops:.1%})" if peak_tflops else ""
+        print(f"{row.name}")
+        print(f"  rollout of a group   {row.rollout_s:9.3f} s   {row.rollout_tflops:8.3f} TFLOP/s{share}")
+        print(f"  update of a group    {row.update_s:9.3f} s   {row.update_tflops:8.3f} TFLOP/s{of_update}")
+        print(f"  peak memory          {row.peak_gib:9.3f} GiB, planned {row.planned_gib:.3f}")
+        print(f"  log-prob gap         {row.gap:9.2e} mean, {row.largest_gap:.2e} largest")
+
+
+def save(described: Description, folder: Path) -> str:
+    """A folder with the configuration files alone, as ``generator.model`` takes it while nothing is loaded."""
+    for name, part in described.parts.items():
+        (folder / name).mkdir(parents=True)
+        file = "scheduler_config.json" if name == "scheduler" else "config.json"
+        (folder / name / file).write_text(json.dumps(dict(part)))
+    (folder / "model_index.json").write_text(json.dumps(dict(described.index)))
+    return str(folder)

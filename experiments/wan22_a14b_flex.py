@@ -1,0 +1,19 @@
+"""`wan21_14b_flex.py` with Wan2.2-T2V-A14B: an adapter for each of its two experts, and a pull to the base that adapts itself.
+
+The boundary between the experts is the model's own, 0.875. Nobody has run this recipe yet; ``kl_target`` is our guess.
+"""
+
+from experiments import wan21_14b_flex
+from grpo_flex.config import RunConfig, override
+
+
+def config() -> RunConfig:
+    changes = (
+        "name=wan22_a14b_flex",
+        "generator.model=Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+        "generator.guidance=4.0",
+        "generator.guidance_2=3.0",
+        "objective.kl_target=1e-4",
+        "optimizer.lr=4e-5",
+    )
+    return override(wan21_14b_flex.config(), changes)

@@ -1,0 +1,239 @@
+"""What runs inside Ray's actors: thin shells around workers, learners, scorers and the judge client.
+
+Models are loaded on first use, so that a failure is an ordinary error of a call. Calls whose fate the driver follows
+give two objects: a receipt, which it reads, and the result, which stays in the object store.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from grpo_flex import verdicts
+from grpo_flex.config import Judge, RunConfig
+from grpo_flex.endpoints import EndpointState
+from grpo_flex.judging import JudgeClient
+from grpo_flex.learner import Learner
+from grpo_flex.ranks import Ranks
+from grpo_flex.rollout import RolloutWorker
+from grpo_flex.scorers import score_group
+from grpo_flex.types import Adapter, Prompt, Role, RolloutGroup, Sample, UpdateBatch, UpdateResult, Verdict
+
+_two: Any = ray.method(num_returns=2)
+"""Marks a call that gives a receipt and a result; untyped, because outside of Ray it is an ordinary method."""
+
+
+class RolloutActor:
+    def __init__(self, config: RunConfig, device: str, name: str) -> None:
+        self.config, self.device, self.name = config, device, name
+
+    @cached_property
+    def worker(self) -> RolloutWorker:
+        return RolloutWorker(self.config, self.device, self.name)
+
+    def ready(self) -> None:
+        """Returns when the model is loaded."""
+        _ = self.worker
+
+    @_two
+    def prepare(self, prompts: Sequence[Prompt]) -> tuple[int, None]:
+        """Refuse what the model could not take, and encode ahead what is kept on disk."""
+        self.worker.model.prepare(prompts)
+        return len(prompts), None
+
+    @_two
+    def generate(self, step: int, prompt: Prompt, adapter: Adapter) -> tuple[float, RolloutGroup]:
+        """(seconds that it took, the group).
+
+        Raises:
+            ValueError: an adapter of another age than ``sampling.lookahead`` says.
+        """
+        _check_age(step - adapter.version, self.config.sampling.lookahead, f"step {step + 1} is to be sampled with")
+        group = self.worker.generate(step, prompt, adapter)
+        return group.seconds, group
+
+    @_two
+    def evaluate(self, prompts: Sequence[Prompt], adapter: Adapter) -> tuple[int, list[Sample]]:
+        return len(prompts), self.worker.evaluate(prompts, adapter)
+
+
+class LearnerActor:
+    """One of the learners. ``join`` comes first where there are several."""
+
+    def __init__(self, config: RunConfig, device: str, rank: int = 0) -> None:
+        self.config, self.device = config, device
+        self.ranks = Ranks(rank, config.placement.learners, device)
+
+    @cached_property
+    def learner(self) -> Learner:
+        return Learner(self.config, self.device, self.ranks)
+
+    def address(self) -> str:
+        """Where rank 0 will wait for the others: "host:port"."""
+        with socket.socket() as free:
+            free.bind(("", 0))
+            return f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+
+    def join(self, address: str) -> None:
+        self.ranks.join(address, self.config.placement.update_timeout_s)
+
+    def ready(self) -> None:
+        """Returns when the model is loaded."""
+        _ = self.learner
+
+    @_two
+    def update(self, batch: UpdateBatch, step: int) -> tuple[UpdateResult, dict[str, Any] | None]:
+        """(result, rank 0's state after it)."""
+        own = sorted({i for share in self.learner.shares(len(batch.groups)) for i in [*share.own, *share.filling]})
+        groups = dict(zip(own, ray.get([batch.groups[i] for i in own]), strict=True))
+        for group in groups.values():
+            behind = self.learner.version - group.policy_version
+            _check_age(behind, self.config.sampling.lookahead, f"version {self.learner.version} is to learn from")
+        result = self.learner.update(groups, batch.advantages, step)
+        return result, self.learner.state() if self.ranks.rank == 0 else None
+
+    @_two
+    def adapter(self, role: Role) -> tuple[int, Adapter]:
+        """(version, the adapter for sampling, evaluation, or the base model)."""
+        learner = self.learner
+        made = {"sampling": learner.adapter, "evaluation": learner.evaluation_adapter, "base": learner.base_adapter}
+        return learner.version, made[role]()
+
+    def state(self) -> dict[str, Any]:
+        return self.learner.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.learner.load_state(state)
+
+    def adapter_files(self) -> dict[str, bytes]:
+        """What ``save_adapter`` writes, by name: the run's directory need not be there on this node."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.learner.save_adapter(Path(folder))
+            return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
+class ColocatedActor(LearnerActor):
+    """A learner that is a rollout worker too. Weights stay where they are; each task lends the adapter that it needs."""
+
+    @cached_property
+    def worker(self) -> RolloutWorker:
+        return RolloutWorker(self.config, self.device, f"learner-{self.ranks.rank}", self.learner.model)
+
+    @_two
+    def prepare(self, prompts: Sequence[Prompt]) -> tuple[int, None]:
+        """Refuse what the model could not take, and encode ahead what is kept on disk."""
+        self.worker.model.prepare(prompts)
+        return len(prompts), None
+
+    @_two
+    def generate(self, step: int, prompt: Prompt, adapter: Adapter) -> tuple[float, RolloutGroup]:
+        with self._holding(adapter):
+            group = self.worker.generate(step, prompt, adapter)
+        return group.seconds, group
+
+    @_two
+    def evaluate(self, prompts: Sequence[Prompt], adapter: Adapter) -> tuple[int, list[Sample]]:
+        with self._holding(adapter):
+            return len(prompts), self.worker.evaluate(prompts, adapter)
+
+    @_two
+    def adapter(self, role: Role) -> tuple[int, Adapter]:
+        """(version, an adapter without tensors: every process has its own)."""
+        return self.learner.version, Adapter(version=self.learner.version, tensors={}, role=role)
+
+    @contextmanager
+    def _holding(self, adapter: Adapter) -> Iterator[None]:
+        """The shared model holds the adapter, and torch the threads that sampling is to have."""
+        import torch
+
+        _check_age(self.learner.version - adapter.version, 0, f"version {self.learner.version} is to sample with")
+        worker, place = self.worker, self.config.placement
+        worker.loaded = (adapter.version, adapter.role)
+        torch.set_num_threads(place.threads_per_worker)
+        try:
+            with self.learner.lending(adapter.role):
+                yield
+        finally:
+            torch.set_num_threads(place.learner_threads)
+
+
+class ScorerActor:
+    def __init__(self, scorer: Any, threads: int, gpus: float) -> None:
+        if not gpus:  # Ray leaves all devices visible to an actor that asked for none
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        import torch
+
+        torch.set_num_threads(threads)
+        self.scorer = scorer
+
+    def load(self) -> None:
+        load: Any = getattr(self.scorer, "load", None)
+        if load is not None:
+            load()
+
+    def score(self, group: RolloutGroup) -> list[Verdict]:
+        return score_group(self.scorer, group.media_G, group.prompt)
+
+
+class Scribe:
+    """Keeps the verdicts' file, which has one writer; all that a run without a judge needs of the judge's actor."""
+
+    def __init__(self, verdict_path: str) -> None:
+        self.log = verdicts.VerdictLog(verdict_path)
+
+    async def record(self, step: int, prompt: Prompt, given: Sequence[Verdict]) -> None:
+        for verdict in given:
+            self.log.add(step + 1, prompt.id, prompt.text, verdict)
+        self.log.flush()
+
+    async def report(self) -> dict[str, float]:
+        return {}
+
+    async def states(self) -> list[EndpointState]:
+        return []
+
+    async def close(self) -> None:
+        self.log.flush()
+
+
+class JudgeActor(Scribe):
+    """The judge client in an event loop of its own: one connection pool for the whole run."""
+
+    def __init__(self, verdict_path: str, judge: Judge, endpoints: tuple[str, ...]) -> None:
+        self.client = JudgeClient(judge, verdict_path, endpoints)
+        self.log = self.client.log
+
+    async def judge(self, group: RolloutGroup, seed: int, previous: Sequence[Verdict] = ()) -> list[Verdict]:
+        return await self.client.judge(group, seed, previous)
+
+    async def compare(self, prompt: Prompt, step: int, seed: int, one: np.ndarray, two: np.ndarray) -> list[Verdict]:
+        return await self.client.compare(prompt, step, seed, one, two)
+
+    async def healthy(self) -> bool:
+        return await self.client.wait_until_healthy(0.0, heartbeat=lambda _: None)
+
+    async def report(self) -> dict[str, float]:
+        return self.client.counters() | await self.client.cache_hit_rates()
+
+    async def states(self) -> list[EndpointState]:
+        return self.client.states()
+
+    async def close(self) -> None:
+        await self.client.close()
+
+
+def _check_age(updates: int, bound: int, what: str) -> None:
+    if not 0 <= updates <= bound:
+        raise ValueError(
+            f"{what} an adapter that is {updates} updates old, but sampling.lookahead={bound} allows 0 to {bound}; "
+            "this is a fault of the program, not of the configuration"
+        )

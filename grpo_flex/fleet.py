@@ -1,0 +1,173 @@
+"""The rollout workers: calls are dealt out among those that are there, and again when a worker is lost.
+
+What a call gives depends on its arguments alone, never on the worker, so that it may be repeated anywhere.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+POLL_S = 0.5
+"""Between two looks at the workers while waiting for them."""
+
+
+START_S = 1800.0
+"""So long all workers at once may be starting: models are large, and nodes may have to come back first."""
+
+
+class Stranded(Exception):
+    """No rollout worker is left, and none can be started."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Job:
+    """A call that any worker can do."""
+
+    method: str
+    arguments: tuple[Any, ...]
+    follow: Callable[[ray.ObjectRef[Any]], None]
+    """Given the reference of the result at once, and another one each time that the call is made again."""
+    receipt: Any = None
+    result: Any = None
+    """References of this try."""
+    done: bool = False
+    seconds: float = 0.0
+    """What the receipt says, for a rollout: how long it took."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Worker:
+    name: str
+    actor: Any
+    loading: ray.ObjectRef[None] | None
+    """None once the model is loaded: until then it gets work only if nobody else can take it."""
+    jobs: list[Job] = field(default_factory=list)
+    heard: float = 0.0
+    """When it last gave a result, or got work after having had none."""
+    restarts: int = 0
+
+
+class Fleet:
+    """Rollout workers that may die, hang, leave and join.
+
+    Args:
+        start: makes the actor of a name; given the one that is lost, where there was one.
+        names: the workers to begin with.
+        timeout_s: a worker that has work and gives no result for so long is taken for hung.
+        restarts: how often each may be started again.
+        joining: a name and an actor whenever the cluster has room for one more.
+        say: tells a person what happened.
+    """
+
+    def __init__(
+        self, start: Callable[[str, Any], Any], names: Sequence[str], *, timeout_s: float, restarts: int,
+        say: Callable[[str], None], joining: Callable[[int], str | None] = lambda _: None,
+    ) -> None:  # fmt: skip
+        self._start, self._timeout_s, self._restarts, self._say, self._joining = (
+            start,
+            timeout_s,
+            restarts,
+            say,
+            joining,
+        )
+        self.workers: dict[str, Worker] = {}
+        self._alone_since = time.monotonic()
+        for name in names:
+            self._add(name)
+
+    def wait_until_ready(self) -> None:
+        """Until every worker has loaded its model; raises what loading raised."""
+        while loading := [w.loading for w in self.workers.values() if w.loading is not None]:
+            ray.wait(loading, num_returns=len(loading), timeout=POLL_S)
+            self.tend()
+
+    def submit(
+        self, method: str, *arguments: Any, follow: Callable[[ray.ObjectRef[Any]], None] = lambda _: None
+    ) -> Job:
+        job = Job(method=method, arguments=arguments, follow=follow)
+        self._deal(job)
+        return job
+
+    def wait(self, jobs: Iterable[Job], look: Callable[[], None] = lambda: None) -> None:
+        """Until all jobs are done, lost ones again; ``look`` is called about twice a second."""
+        while left := [job.receipt for job in jobs if not job.done]:
+            ray.wait(left, num_returns=len(left), timeout=POLL_S, fetch_local=False)
+            look()  # before lost workers are started again: the run may have been asked to end
+            self.tend()
+
+    def tend(self) -> None:
+        """See who is done, who is lost, who has joined; a few milliseconds.
+
+        Raises:
+            RayTaskError: a call that failed by itself, which would fail elsewhere too.
+            Stranded: nobody is left to do the work.
+        """
+        for worker in list(self.workers.values()):
+            self._collect(worker)
+        now = time.monotonic()
+        for worker in list(self.workers.values()):
+            if worker.loading is None and worker.jobs and now - worker.heard > self._timeout_s:
+                self._lose(worker, f"gave no result for {self._timeout_s:g} s and is taken for hung")
+        if name := self._joining(len(self.workers)):
+            self._say(f"{name} joins")
+            self._add(name)
+        if any(w.loading is None for w in self.workers.values()):
+            self._alone_since = now
+        elif now - self._alone_since > START_S:
+            raise Stranded(
+                f"no rollout worker could be started for {START_S:g} s; is there still a node with room for one?"
+            )
+
+    def _add(self, name: str, lost: Worker | None = None) -> None:
+        actor = self._start(name, lost and lost.actor)
+        restarts = lost.restarts + 1 if lost else 0
+        self.workers[name] = Worker(name=name, actor=actor, loading=actor.ready.remote(), restarts=restarts)
+
+    def _deal(self, job: Job) -> None:
+        """To the worker that has the least to do."""
+        if not self.workers:
+            raise Stranded("every rollout worker has died too often")
+        ready = [w for w in self.workers.values() if w.loading is None] or list(self.workers.values())
+        worker = min(ready, key=lambda w: len(w.jobs))
+        if not worker.jobs:
+            worker.heard = time.monotonic()
+        worker.jobs.append(job)
+        job.receipt, job.result = getattr(worker.actor, job.method).remote(*job.arguments)
+        job.follow(job.result)
+
+    def _collect(self, worker: Worker) -> None:
+        """Take note of what a worker has done, or that it has died."""
+        try:
+            if worker.loading is not None and _is_there(worker.loading):
+                ray.get(worker.loading)
+                worker.loading, worker.heard = None, time.monotonic()
+            for job in [job for job in worker.jobs if _is_there(job.receipt)]:
+                job.seconds = float(ray.get(job.receipt))
+                worker.jobs.remove(job)
+                worker.heard, job.done = time.monotonic(), True
+        except RayTaskError:
+            raise
+        except RayActorError:
+            self._lose(worker, "died")
+
+    def _lose(self, worker: Worker, how: str) -> None:
+        """Start a worker again, and give its work to the others."""
+        ray.kill(worker.actor)
+        del self.workers[worker.name]
+        if worker.restarts < self._restarts:
+            self._add(worker.name, worker)
+            self._say(f"{worker.name} {how}; starting it again")
+        else:
+            self._say(f"{worker.name} {how} once more, after {worker.restarts} restarts; going on without it")
+        for job in worker.jobs:
+            self._deal(job)
+
+
+def _is_there(ref: Any) -> bool:
+    return bool(ray.wait([ref], timeout=0, fetch_local=False)[0])

@@ -1,0 +1,127 @@
+"""What a generator trades for memory, or for speed: the same fields for every model."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Where weights and activations lie. None of it is on by default; each one changes cost, not the mathematics."""
+
+    checkpoint_every: int = 0
+    """Of the transformer's blocks, every n-th keeps no activations in the update and computes them again in the
+    backward pass: 1 is all of them (least memory, one more forward pass), 0 none."""
+    compile: bool = False
+    """torch.compile of the repeated block, at its first call in each process."""
+    attention: str = "native"
+    """Diffusers' name of the attention back-end; native is PyTorch's SDPA. Others: "_native_cudnn", "flash", "sage", …"""
+    vae_slicing: bool = False
+    """Decode the pictures of a batch one by one."""
+    vae_tiling: bool = False
+    """Decode large pictures in overlapping tiles, blended where they meet; almost the same picture."""
+    base_bits: int = 0
+    """8 or 4: the frozen transformer is quantised by bitsandbytes (QLoRA; CUDA only). 0: it stays as ``dtype`` says."""
+    offload: bool = False
+    """Text encoders and VAE lie in the CPU's memory while they have nothing to do."""
+    encodings: str = ""
+    """A folder that keeps the prompts' encodings. All prompts are then encoded once, before the run, and the text
+    encoders leave memory. Empty: nothing is kept and the encoders stay."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.checkpoint_every < 0:
+            yield "checkpoint_every", f"is {self.checkpoint_every}; 0 is none of the blocks, 1 all, n every n-th"
+        if not self.attention:
+            yield "attention", 'is empty; name a back-end of diffusers, such as "native"'
+        if self.base_bits not in (0, 4, 8):
+            yield "base_bits", f"is {self.base_bits}; it needs to be 8 or 4, or 0 for no quantisation"
+        elif self.base_bits and importlib.util.find_spec("bitsandbytes") is None:
+            yield (
+                "base_bits",
+                f"is {self.base_bits}, which needs bitsandbytes and it is not installed: pip install bitsandbytes (CUDA only), or set 0",
+            )
+        if self.encodings and Path(self.encodings).exists() and not Path(self.encodings).is_dir():
+            yield "encodings", f"is {self.encodings!r}, which is a file; give a folder, or the name of one to be made"
+
+    def quantization(self, dtype: torch.dtype) -> Any:
+        """What ``from_pretrained`` needs to quantise the transformer; None where it is not asked for."""
+        if not self.base_bits:
+            return None
+        from diffusers import PipelineQuantizationConfig
+
+        settings: dict[str, Any] = {f"load_in_{self.base_bits}bit": True}
+        if self.base_bits == 4:
+            settings |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+        return PipelineQuantizationConfig(
+            quant_backend=f"bitsandbytes_{self.base_bits}bit",
+            quant_kwargs=settings,
+            components_to_quantize=["transformer", "transformer_2"],
+        )
+
+    def check_attention(self) -> None:
+        """Refuse, before weights are loaded, a back-end that this diffusers does not know.
+
+        Raises:
+            ValueError: with the names that it knows.
+        """
+        from diffusers.models.attention_dispatch import AttentionBackendName
+
+        known = sorted(backend.value for backend in AttentionBackendName)
+        if self.attention not in known:
+            raise ValueError(f"generator.memory.attention is {self.attention!r}; known here: {', '.join(known)}")
+
+    def apply(self, transformer: Any) -> None:
+        """Set up a transformer. An adapter may be attached afterwards: compilation waits for the first call.
+
+        Raises:
+            ValueError: an attention back-end that this machine or this model cannot use.
+        """
+        if self.checkpoint_every:
+            transformer.enable_gradient_checkpointing(_every(self.checkpoint_every, repeated_blocks(transformer)))
+        if self.attention != "native":
+            _set_attention(transformer, self.attention)
+        for block in repeated_blocks(transformer) if self.compile else ():
+            block.compile()
+
+    def apply_to_vae(self, vae: Any) -> None:
+        if self.vae_slicing:
+            vae.enable_slicing()
+        if self.vae_tiling:
+            vae.enable_tiling()
+
+
+def repeated_blocks(transformer: Any) -> list[torch.nn.Module]:
+    """The transformer's blocks in the order of the forward pass: most of its weights and activations."""
+    names = transformer._no_split_modules  # SD3 has no _repeated_blocks; where both are there, they are the same
+    return [module for module in transformer.modules() if type(module).__name__ in names]
+
+
+def _every(n: int, blocks: list[torch.nn.Module]) -> Callable[..., Any]:
+    """How diffusers calls a block while it has gradients: the first of each n is recomputed, the others are kept."""
+    from torch.utils.checkpoint import checkpoint
+
+    chosen = {id(block) for block in blocks[::n]}
+
+    def call(block: Any, *args: Any) -> Any:
+        return checkpoint(block.__call__, *args, use_reentrant=False) if id(block) in chosen else block(*args)
+
+    return call
+
+
+def _set_attention(transformer: Any, name: str) -> None:
+    processors = [getattr(module, "processor", None) for module in transformer.modules()]
+    if not any(hasattr(processor, "_attention_backend") for processor in processors):
+        raise ValueError(
+            f"generator.memory.attention is {name!r}, but {type(transformer).__name__} always uses PyTorch's SDPA; set native"
+        )
+    try:
+        transformer.set_attention_backend(name)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise ValueError(f"generator.memory.attention is {name!r}, which cannot be used here: {error}") from error

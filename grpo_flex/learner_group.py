@@ -1,0 +1,144 @@
+"""The learner processes of a run, as one: started again from the last completed step when one of them dies or hangs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from grpo_flex.types import Adapter, UpdateBatch, UpdateResult
+
+T = TypeVar("T")
+
+GRACE_S = 10.0
+"""When a learner fails, another's death may be why; so long it is waited for to show."""
+
+
+class Hung(RayError):
+    """Learners that took longer than ``placement.update_timeout_s``."""
+
+
+class LearnerGroup:
+    """N learner actors that act alike.
+
+    Each update leaves rank 0's state in the object store, and the driver keeps the reference to the newest. A group of
+    which one has died is ended as a whole, started anew and given that state; then the call is made again.
+
+    Args:
+        start: makes the actor of a rank.
+        size: how many ranks there are.
+        restarts: how often the group may be started again.
+        timeout_s: for one update.
+        say: tells a person what happened.
+        stopping: whether the run is being stopped, so that what died is not to be started again.
+    """
+
+    def __init__(
+        self, start: Callable[[int], Any], size: int, *, restarts: int, timeout_s: float,
+        say: Callable[[str], None], stopping: Callable[[], bool] = lambda: False,
+    ) -> None:  # fmt: skip
+        self._start, self._size, self._say, self._stopping = start, size, say, stopping
+        self._left, self._timeout_s = restarts, timeout_s
+        self._state: ray.ObjectRef[dict[str, Any]] | None = None
+        self.restarts = 0
+        self.actors = [start(rank) for rank in range(size)]
+
+    def meet(self) -> None:
+        """Let the ranks find each other, load their models and take up the newest state."""
+        if self._size > 1:
+            address = ray.get(self.actors[0].address.remote())
+            ray.get([actor.join.remote(address) for actor in self.actors])
+        ray.get([actor.ready.remote() for actor in self.actors])
+        if self._state is not None:
+            ray.get([actor.load_state.remote(self._state) for actor in self.actors])
+
+    def update(self, batch: UpdateBatch, step: int) -> UpdateResult:
+        """The update on all ranks; what one of them says of it, for all say the same."""
+        return self._until_done(lambda: self._update(batch, step))
+
+    def publish(self, role: str) -> ray.ObjectRef[Adapter]:
+        """Rank 0's adapter in the object store; there when this returns."""
+        return self._until_done(lambda: self._publish(role))
+
+    def adapter_files(self) -> dict[str, bytes]:
+        made: Any = self._until_done(lambda: ray.get(self.actors[0].adapter_files.remote()))
+        return made
+
+    def state(self) -> dict[str, Any]:
+        """After the last completed step; needs no learner that is alive once there was an update."""
+        return ray.get(self.actors[0].state.remote() if self._state is None else self._state)
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._state = ray.put(state)
+        ray.get([actor.load_state.remote(self._state) for actor in self.actors])
+
+    def replace(self, lost: Any) -> None:
+        """Start the group again if ``lost`` is still one of it (colocated: a worker's death is a learner's)."""
+        if lost in self.actors:
+            self._restore(RayActorError())
+
+    def _update(self, batch: UpdateBatch, step: int) -> UpdateResult:
+        called = [actor.update.remote(batch, step) for actor in self.actors]
+        results = _all([result for result, _ in called], self._timeout_s)
+        self._state = called[0][1]
+        return results[0]
+
+    def _publish(self, role: str) -> ray.ObjectRef[Adapter]:
+        receipt, adapter = self.actors[0].adapter.remote(role)
+        ray.get(receipt)
+        return adapter
+
+    def _until_done(self, call: Callable[[], T]) -> T:
+        while True:
+            try:
+                return call()
+            except (RayActorError, Hung) as error:
+                self._restore(error)
+
+    def _restore(self, reason: RayActorError | Hung) -> None:
+        """End all learners and start them again from the newest state, as often as it takes."""
+        while True:
+            if self._left == 0 or self._stopping():
+                raise reason
+            self._left, self.restarts = self._left - 1, self.restarts + 1
+            what = "hangs" if isinstance(reason, Hung) else "died"
+            self._say(f"a learner {what}; starting again from the last completed step")
+            for actor in self.actors:
+                ray.kill(actor)
+            self.actors = [self._start(rank) for rank in range(self._size)]
+            try:
+                return self.meet()
+            except RayActorError as error:
+                reason = error
+
+
+def _all(refs: Sequence[ray.ObjectRef[T]], timeout_s: float) -> list[T]:
+    """All results.
+
+    Raises:
+        RayActorError: a process died, whatever the others said of it.
+        RayTaskError: one of them failed.
+        Hung: they are not there in time.
+    """
+    until, pending = time.monotonic() + timeout_s, list(refs)
+    while pending:
+        done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, until - time.monotonic()))
+        if not done:
+            raise Hung(f"no answer within placement.update_timeout_s={timeout_s:g}")
+        try:
+            ray.get(done)
+        except RayTaskError as error:
+            late = [_error(ref) for ref in ray.wait(pending, num_returns=len(pending), timeout=GRACE_S)[0]]
+            raise next((e for e in late if isinstance(e, RayActorError)), error) from None
+    return ray.get(list(refs))
+
+
+def _error(ref: ray.ObjectRef[Any]) -> Exception | None:
+    try:
+        ray.get(ref)
+    except (RayActorError, RayTaskError) as error:
+        return error
+    return None

@@ -1,0 +1,369 @@
+"""What an experiment will need, without a GPU and without weights: memory by process, FLOPs, judge calls, time.
+
+The learner and a rollout worker are built for real, on torch's meta device, from the pipeline's configuration, and one
+denoising step, one decoding and one pass of the objective run through them. Parameters, adapters and FLOPs of the
+transformer are therefore exact. Memory is the largest sum of bytes that were alive at one time; a GPU's allocator
+rounds them up, and CUDA's context, the libraries' workspaces and fragmentation come on top. Not counted either: the
+activations and FLOPs of the text encoders, and the scales of quantised weights (bits themselves are).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from grpo_flex.config import ConfigError, RunConfig, override
+
+if TYPE_CHECKING:
+    from grpo_flex.types import Trajectories
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """One kind of process and the bytes that it holds at its fullest moment."""
+
+    name: str
+    count: int
+    gpus: float
+    """Of a card; 0: on the CPU."""
+    moment: str
+    parts: Mapping[str, int]
+    stays: Mapping[str, int]
+    """What is there from the start to the end, whatever is done with it."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def lasting(self) -> int:
+        return sum(self.stays.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    config: RunConfig
+    parameters: Mapping[str, int]
+    """Of each component, without the adapter."""
+    adapter: int
+    """Parameters of the adapter."""
+    processes: tuple[Process, ...]
+    stored: int
+    """Bytes of one step's groups in Ray's object store, on the host: trajectories, encodings, media."""
+    forward_flops: int
+    """Of one denoising step of a whole group."""
+    rollout_flops: int
+    """Of all groups of a step, decoding included."""
+    update_flops: int
+    judge_calls: int
+
+    def cards(self) -> list[list[Process]]:
+        """Which processes share a card: each goes to the first with enough of it left, as Ray packs them."""
+        cards: list[list[Process]] = []
+        for process in (p for p in self.processes if p.gpus for _ in range(p.count)):
+            free = (card for card in cards if sum(p.gpus for p in card) + process.gpus <= 1 + 1e-9)
+            if (card := next(free, None)) is not None:
+                card.append(process)
+            else:
+                cards.extend([[process]] * max(1, math.ceil(process.gpus)))
+        return cards
+
+    def fullest(self) -> int:
+        """Bytes on the card that holds most."""
+        return max((sum(p.total for p in card) for card in self.cards()), default=0)
+
+    def lasting(self) -> int:
+        """The same of what lasts alone: no smaller group and no recomputation takes anything from it."""
+        return max((sum(p.lasting for p in card) for card in self.cards()), default=0)
+
+    def fits(self, gpus: int, gpu_memory: float) -> bool:
+        """Whether there are cards enough, and the fullest one holds what lies on it.
+
+        Args:
+            gpu_memory: of each card, GiB.
+        """
+        return len(self.cards()) <= gpus and self.fullest() <= gpu_memory * GIB
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Trace one experiment: a few seconds for the largest models.
+
+    Raises:
+        ConfigError: a model whose configuration is not known here.
+    """
+    from grpo_flex.generators.blank import without_weights
+
+    parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in _modules(_blank(config)).items()}
+    with without_weights():
+        learner, adapter, update = _learner(config)
+        worker, forward, rollout, stored = _worker(config)
+    groups = config.prompts.per_step
+    return Plan(
+        config=config,
+        parameters=parameters,
+        adapter=adapter,
+        processes=(_as_one(worker, learner),) if config.placement.colocated else (worker, learner),
+        stored=groups * stored,
+        forward_flops=forward,
+        rollout_flops=groups * rollout,
+        update_flops=groups * update,
+        judge_calls=judge_calls(config),
+    )
+
+
+def judge_calls(config: RunConfig) -> int:
+    """Questions to the judge in one training step."""
+    if config.judge is None:
+        return 0
+    alone, size = config.judge.family.candidates == 1, config.sampling.group_size
+    return config.prompts.per_step * (size if alone else len(config.judge.pairs.pairs(size, 0)))
+
+
+# ---------------------------------------------------------------- tracing
+
+
+def _traceable(config: RunConfig) -> RunConfig:
+    """The same generator without what meta tensors cannot do: sleep on the CPU, be compiled, be quantised."""
+    memory = getattr(config.generator, "memory", None)
+    if memory is None:
+        return config
+    plain = replace(memory, offload=False, compile=False, attention="native", base_bits=0, encodings="")
+    return replace(config, generator=replace(config.generator, memory=plain))  # pyright: ignore[reportArgumentType]
+
+
+def _memory(config: RunConfig, field: str) -> Any:
+    """A field of the generator's ``memory``; None for a generator without."""
+    return getattr(getattr(config.generator, "memory", None), field, None)
+
+
+def _blank(config: RunConfig) -> Any:
+    """The generator's whole pipeline on the meta device, text encoders included, in its own precision."""
+    import diffusers
+    import torch
+
+    from grpo_flex.generators.blank import blank_pipeline, describe
+
+    generator: Any = config.generator
+    described, dtype = describe(generator.model), getattr(torch, generator.dtype)
+    of_vae = getattr(torch, getattr(generator, "vae_dtype", generator.dtype))
+    cls = getattr(diffusers, described.index["_class_name"])
+    pipeline = blank_pipeline(cls, described, {"default": dtype, "vae": of_vae}, "meta", {})
+    for part in _modules(pipeline).values():
+        part.requires_grad_(False)
+    return pipeline
+
+
+def _modules(pipeline: Any) -> dict[str, Any]:
+    import torch
+
+    return {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+
+
+def _weights(config: RunConfig, modules: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes of the frozen weights of each component; those of an adapter are counted elsewhere."""
+    bits = _memory(config, "base_bits") or 0
+    sizes = {}
+    for name, part in modules.items():
+        quantised = bits if name.startswith("transformer") else 0
+        frozen = [p for p in part.parameters() if not p.requires_grad]
+        sizes[name] = sum(_size(p, quantised) for p in frozen) + sum(b.nbytes for b in part.buffers())
+    return sizes
+
+
+def _size(parameter: Any, bits: int) -> int:
+    """bitsandbytes quantises the matrices of linear layers and leaves the rest."""
+    return parameter.numel() * bits // 8 if bits and parameter.ndim == 2 else parameter.nbytes
+
+
+def _learner(config: RunConfig) -> tuple[Process, int, int]:
+    """The learner, the adapter's parameters, and the FLOPs of one group's update."""
+    import torch
+
+    from grpo_flex.generators.blank import stand_in
+    from grpo_flex.learner import BoundPolicy, Learner
+    from grpo_flex.tracing import LiveBytes, cost
+
+    threads, live = torch.get_num_threads(), LiveBytes()
+    with live:
+        learner = Learner(_traceable(config), "meta")
+        learner.optimizer.step()  # makes its state, as the first update will
+    torch.set_num_threads(threads)
+    model: Any = learner.model
+    trained = live.now - sum(_weights(_traceable(config), _modules(model.pipeline)).values())
+    trajectories = _trajectories(config, model.latent_shape)
+    old = learner._old if config.optimizer.updates_per_rollout > 1 or config.objective.old_decay(1000) else ()
+    policy = BoundPolicy(model, stand_in(model), config.sampling.dynamics, learner.parameters, old)
+
+    def one_pass() -> None:
+        advantages = torch.zeros(config.sampling.group_size, device="meta")
+        term = next(iter(config.objective.terms(policy, trajectories, advantages, 0)))
+        (term.loss_G if term.kl_G is None else term.loss_G + term.kl_G).sum().backward()
+
+    spent, place = cost(one_pass, live), config.placement
+    weights = _weights(config, _modules(model.pipeline))
+    if _memory(config, "offload"):
+        weights.pop("vae", None)
+    if place.shard_base:
+        weights = {n: math.ceil(s / place.learners) if n.startswith("transformer") else s for n, s in weights.items()}
+    lasting = {f"weights: {name}": size for name, size in weights.items()}
+    lasting["adapter, gradient, averages, AdamW"] = trained
+    process = Process(
+        name="learner", count=place.learners, gpus=place.learner_gpus, moment="update",
+        parts=lasting | {"activations": spent.peak}, stays=lasting,
+    )  # fmt: skip
+    return process, sum(p.numel() for p in learner.parameters), config.objective.passes(trajectories) * spent.flops
+
+
+def _trajectories(config: RunConfig, shape: tuple[int, int]) -> Trajectories:
+    """What a rollout of one group keeps, without values."""
+    import torch
+
+    from grpo_flex.dynamics import shifted_sigmas
+    from grpo_flex.types import Trajectories
+
+    sampling, objective = config.sampling, config.objective
+    selection = sampling.window.select(sampling.steps, 0, 0)
+    trained = selection.trained if objective.needs_noise else ()
+    size = sampling.group_size
+    kept = torch.empty(size, len(trained), *shape, device="meta")
+    return Trajectories(
+        latents_GKNC=kept,
+        next_latents_GKNC=torch.empty_like(kept),
+        steps_K=trained,
+        sigmas=selection.schedule(shifted_sigmas(sampling.steps, 3.0)),
+        logprobs_GK=torch.empty(size, len(trained), device="meta"),
+        means_GKNC=torch.empty_like(kept) if objective.keeps_means else None,
+        final_GNC=torch.empty(size, *shape, device="meta") if objective.keeps_final else None,
+    )
+
+
+def _worker(config: RunConfig) -> tuple[Process, int, int, int]:
+    """A rollout worker; FLOPs of a denoising step and of the rollout of one group; bytes that it leaves on the host."""
+    import torch
+
+    from grpo_flex.generators.blank import stand_in
+    from grpo_flex.rollout import RolloutWorker
+    from grpo_flex.tracing import LiveBytes, cost
+
+    threads, live, size = torch.get_num_threads(), LiveBytes(), config.sampling.group_size
+    with live, torch.no_grad():
+        model: Any = RolloutWorker(_traceable(config), "meta").model
+        x = torch.empty(size, *model.latent_shape, device="meta")
+        told = stand_in(model)
+    torch.set_num_threads(threads)
+    adapter = live.now - x.nbytes - sum(_weights(_traceable(config), _modules(model.pipeline)).values())
+    with torch.no_grad():
+        whole = cost(lambda: model.velocity(x, 1.0, told), live)
+        alone = cost(lambda: model.velocity(x[:1], 1.0, told), live)
+        decode = cost(lambda: _decode(model, x), live)
+    together, apart = _forwards(config)
+    kept = _trajectories(config, model.latent_shape)
+    tensors = [t for t in (kept.latents_GKNC, kept.next_latents_GKNC, kept.means_GKNC, kept.final_GNC) if t is not None]
+    path = sum(t.nbytes for t in tensors)
+    generator: Any = config.generator
+    media = size * getattr(generator, "frames", 1) * generator.height * generator.width * 3
+    stored = path + media + sum(t.nbytes for t in told.values())
+    weights = _weights(config, _weights_of_all(config, model))
+    process = _at_its_fullest(config, weights, adapter, whole.peak + path + x.nbytes, decode.peak + path + x.nbytes)
+    return process, whole.flops, together * alone.flops + apart * whole.flops + decode.flops, stored
+
+
+def _weights_of_all(config: RunConfig, model: Any) -> dict[str, Any]:
+    """The modules of a worker: its generator may load text encoders later than the rest."""
+    return _modules(_blank(config)) | _modules(model.pipeline)
+
+
+def _decode(model: Any, x: Any) -> None:
+    """Decode up to where pixels would leave the device, which those of meta tensors cannot."""
+    try:
+        model.decode(x)
+    except NotImplementedError as error:
+        if "meta" not in str(error):
+            raise
+
+
+def _forwards(config: RunConfig) -> tuple[int, int]:
+    """Model calls for one path that the siblings share, and for all of them."""
+    sampling = config.sampling
+    selection = sampling.window.select(sampling.steps, 0, 0)
+    noisy = selection.stochastic if sampling.dynamics.stochastic else frozenset()
+    taken = sampling.steps - len(selection.skipped)
+    together = min(noisy, default=taken) if sampling.same_noise else 0
+    return together, taken - together
+
+
+def _at_its_fullest(config: RunConfig, weights: Mapping[str, int], adapter: int, denoise: int, decode: int) -> Process:
+    """Of encoding, denoising and decoding, the moment with the most bytes.
+
+    Text encoders leave after encoding with ``memory.encodings`` or ``memory.offload``, the VAE sleeps with the latter.
+    """
+    texts = {f"weights: {name}": size for name, size in weights.items() if name.startswith("text_encoder")}
+    vae = {"weights: vae": weights["vae"]}
+    leave, offload = _memory(config, "encodings") or _memory(config, "offload"), _memory(config, "offload")
+    stays = {f"weights: {name}": s for name, s in weights.items() if name != "vae" and not name.startswith("text_")}
+    stays |= ({} if offload else vae) | ({} if leave else texts) | {"adapter": adapter}
+    moments = {
+        "encoding": stays | texts,
+        "denoising": stays | {"activations and latents": denoise},
+        "decoding": stays | vae | {"activations and latents": decode},
+    }
+    moment = max(moments, key=lambda name: sum(moments[name].values()))
+    place = config.placement
+    return Process(
+        name="rollout worker", count=place.rollout_workers, gpus=place.rollout_gpus, moment=moment,
+        parts=moments[moment], stays=stays,
+    )  # fmt: skip
+
+
+def _as_one(worker: Process, learner: Process) -> Process:
+    """A learner that samples too: one set of weights and one adapter, which take turns."""
+    stays = {name: size for name, size in {**worker.stays, **learner.stays}.items() if name != "adapter"}
+    moments = {p.moment: stays | {n: s for n, s in p.parts.items() if n != "adapter"} for p in (worker, learner)}
+    moment = max(moments, key=lambda name: sum(moments[name].values()))
+    return replace(learner, name="learner that samples too", moment=moment, parts=moments[moment], stays=stays)
+
+
+# ---------------------------------------------------------------- what would help
+
+
+def first_change(plan: Plan, gpus: int, gpu_memory: float) -> tuple[list[str], Plan] | None:
+    """The overrides that make it fit: one alone if one is enough, or else the first few together; None if none do."""
+    config, together = plan.config, list[str]()
+    for assignment in _changes(config):
+        if (changed := _with(config, [assignment])) and (tried := make_plan(changed)).fits(gpus, gpu_memory):
+            return [assignment], tried
+    for assignment in _changes(config):
+        if (changed := _with(config, [*together, assignment])) is None:
+            continue
+        together.append(assignment)
+        if (tried := make_plan(changed)).fits(gpus, gpu_memory):
+            return together, tried
+    return None
+
+
+def _changes(config: RunConfig) -> Iterator[str]:
+    """From what costs least to what costs most: first precision, then time, then the size of a group."""
+    yield "generator.dtype=bfloat16"
+    yield "generator.memory.checkpoint_every=1"
+    yield "generator.memory.encodings=encodings"
+    yield "generator.memory.vae_slicing=true"
+    yield "generator.memory.vae_tiling=true"
+    yield "generator.vae_dtype=bfloat16"
+    yield "generator.memory.offload=true"
+    size = config.sampling.group_size
+    while size > 4:
+        size = max(4, size // 2)
+        yield f"sampling.group_size={size}"
+
+
+def _with(config: RunConfig, assignments: Sequence[str]) -> RunConfig | None:
+    """The configuration with overrides; None where the generator has no such field, or nothing would change."""
+    try:
+        before, changed = override(config, assignments[:-1]), override(config, assignments)
+    except ConfigError:
+        return None
+    return None if changed == before else changed

@@ -1,0 +1,97 @@
+"""What a person reads of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from grpo_flex.plan import GIB, Plan, Process, first_change
+
+TIGHT = 0.9
+"""A card that is fuller than this by the plan leaves little for what the plan does not count."""
+
+
+def report(plan: Plan, gpus: int, gpu_memory: float, tflops: float, judge_rate: float) -> Iterator[str]:
+    """Lines of text.
+
+    Args:
+        gpus, gpu_memory: what there is; 0: not said, and nothing is compared.
+        tflops: sustained by one GPU, 10¹² a second; 0: no times.
+        judge_rate: verdicts that the judge gives in a second; 0: not known.
+    """
+    yield from _parameters(plan)
+    for process in plan.processes:
+        yield from _process(process)
+    yield from _step(plan, tflops, judge_rate)
+    if gpus:
+        yield from _fit(plan, gpus, gpu_memory)
+
+
+def _parameters(plan: Plan) -> Iterator[str]:
+    config = plan.config
+    generator = config.generator
+    yield f"{config.name}: {generator.model}"  # pyright: ignore[reportAttributeAccessIssue]
+    yield "\nParameters"
+    for name, count in plan.parameters.items():
+        yield f"  {name:<36}{count / 1e6:>12,.1f} M"
+    yield f"  {f'adapter of rank {config.adapter.rank}':<36}{plan.adapter / 1e6:>12,.1f} M{_gib(4 * plan.adapter):>14} as a file"
+
+
+def _process(process: Process) -> Iterator[str]:
+    where = f"{process.gpus:g} GPU each" if process.gpus else "on the CPU"
+    yield f"\nMemory of each {process.name} ({process.count}, {where}) at its fullest, {process.moment}"
+    for name, size in process.parts.items():
+        yield f"  {name:<48}{_gib(size):>14}"
+    yield f"  {'together':<48}{_gib(process.total):>14}"
+
+
+def _step(plan: Plan, tflops: float, judge_rate: float) -> Iterator[str]:
+    prompts, sampling = plan.config.prompts, plan.config.sampling
+    yield f"\nOne step: {prompts.per_step} prompts × {sampling.group_size} siblings"
+    place = plan.config.placement
+    workers = place.learners if place.colocated else place.rollout_workers
+    rollout = plan.rollout_flops / (tflops * 1e12 * workers) if tflops else 0.0
+    update = plan.update_flops / (tflops * 1e12 * place.learners) if tflops else 0.0
+    judge = plan.judge_calls / judge_rate if judge_rate else 0.0
+    rows = (
+        ("rollout", _tera(plan.rollout_flops), rollout, f"{workers} at once"),
+        ("update", _tera(plan.update_flops), update, f"{place.learners} at once"),
+        ("judge", f"{plan.judge_calls:,} verdicts", judge, "while the rollout goes on"),
+    )
+    for name, work, seconds, how in rows:
+        yield f"  {name:<12}{work:>24}" + (f"{seconds:>12,.1f} s, {how}" if seconds else "")
+    yield f"  {'stored':<12}{_gib(plan.stored):>24} in the host's memory"
+    if tflops:
+        first = max(rollout, judge)
+        whole = max(first, update) if sampling.lookahead else first + update
+        yield f"  {'together':<12}{'':>24}{whole:>12,.1f} s, if a GPU sustains {tflops:g} TFLOP/s" + (
+            "" if judge_rate else "; without the judge, whose --judge-rate is not given"
+        )
+
+
+def _fit(plan: Plan, gpus: int, gpu_memory: float) -> Iterator[str]:
+    needed, full = len(plan.cards()), plan.fullest()
+    if plan.fits(gpus, gpu_memory):
+        yield f"\nFits: {needed} of {gpus} GPUs are used, and the fullest holds {_gib(full).strip()} of {gpu_memory:g} GiB."
+        if full > TIGHT * gpu_memory * GIB:
+            yield "It is tight: CUDA's own memory, libraries' workspaces and fragmentation are not in these numbers."
+        return
+    if needed > gpus:
+        yield (
+            f"\nDoes not fit: placement asks for {needed} GPUs and there are {gpus}; set placement.rollout_workers, "
+            "placement.learners, and rollout_gpus and learner_gpus below 1 for processes that share one."
+        )
+        return
+    yield f"\nDoes not fit: the fullest GPU would hold {_gib(full).strip()} of {gpu_memory:g} GiB."
+    found = first_change(plan, gpus, gpu_memory)
+    if found is None:
+        yield "No single change of precision, recomputation, offloading and group size makes it fit, nor all of them together."
+    else:
+        yield f"First change that makes it fit: {' '.join(found[0])} ({_gib(found[1].fullest()).strip()})."
+
+
+def _tera(flops: float) -> str:
+    return f"{flops / 1e12:,.0f} TFLOP" if flops >= 1e14 else f"{flops / 1e12:,.3g} TFLOP"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:,.2f} GiB" if size >= GIB / 100 else f"{size / 2**20:,.2f} MiB"

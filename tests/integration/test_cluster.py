@@ -1,0 +1,116 @@
+"""One experiment on clusters of different shapes: colocated on one node, or on several nodes that lose processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.cluster_utils import Cluster as Raylets
+
+from grpo_flex import cluster
+from grpo_flex.__main__ import main
+from grpo_flex.config import ConfigError, RunConfig
+from grpo_flex.metrics import read_metrics
+from grpo_flex.run import RESUME_ME
+from tests.configs import judge_of, tiny_config
+from tests.integration.processes import descendants, experiment_file, rows, start_training, wait_for
+from tests.integration.test_outages import SLOW
+from tests.integration.test_run import numbers, refused
+
+STEPS = 4
+
+
+def placed(folder: Path, **placement: Any) -> RunConfig:
+    config = tiny_config(folder, steps=STEPS)
+    return replace(config, placement=replace(config.placement, learners=2, **placement))
+
+
+@pytest.fixture
+def raylets() -> Iterator[Raylets]:
+    """Two nodes of two CPUs each: room for two rollout workers and two learners, and for nothing else."""
+    nodes = Raylets(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    nodes.add_node(num_cpus=2)
+    nodes.wait_for_nodes()
+    yield nodes
+    nodes.shutdown()
+
+
+def test_where_processes_sit_and_that_one_dies_or_joins_does_not_show_in_the_numbers(
+    raylets: Raylets, tmp_path: Path
+) -> None:
+    """Apart on two nodes, a third that joins, a learner that is killed: all as colocated on one node."""
+    config = placed(tmp_path, ray_address=raylets.address, rollout_workers_max=3)
+    config = replace(config, judge=replace(judge_of(config), server=SLOW))
+    process = start_training(experiment_file(config, tmp_path))
+    run_dir = tmp_path / "runs" / "tiny"
+    wait_for(lambda: len(rows(run_dir)) >= 2, process)
+    raylets.add_node(num_cpus=1)
+    os.kill(descendants(os.getpid(), "ray::LearnerActor")[1], signal.SIGKILL)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    assert "a learner died; starting again from the last completed step" in out and "rollout-2 joins" in out
+    table = (run_dir / "placement.txt").read_text()
+    assert all(
+        name in table for name in ("rollout-0", "rollout-1", "learner-0", "learner-1", "judge client", "http://")
+    )
+    assert len({line.split()[1] for line in table.splitlines() if line.startswith(("rollout-", "learner-"))}) == 2
+
+    other = tmp_path / "colocated"
+    other.mkdir()
+    assert main(["train", experiment_file(placed(other, colocated=True), other)]) == 0
+    assert "rollout" not in (other / "runs" / "tiny" / "placement.txt").read_text()
+    assert numbers(run_dir) == numbers(other / "runs" / "tiny")
+
+
+def test_sampling_ahead_is_stale_by_so_much_and_a_resume_equals_the_run_never_stopped(tmp_path: Path) -> None:
+    config = placed(tmp_path)
+    config = replace(config, sampling=replace(config.sampling, lookahead=1))
+    file = experiment_file(replace(config, placement=replace(config.placement, learners=1)), tmp_path)
+    assert main(["train", file]) == 0
+    straight = tmp_path / "runs" / "tiny"
+    assert [row["policy/staleness"] for row in read_metrics(straight)[1:]] == [0, 1, 1, 1]
+    # At staleness 0 sampler and learner agree bit for bit; at 1 the first ratio tells how far an update went.
+    away = [row["policy/first_log_ratio_abs"] for row in read_metrics(straight)[1:]]
+    assert away[0] == 0 and all(a is not None and a > 0 for a in away[1:])
+
+    process = start_training(file)
+    again = tmp_path / "runs" / "tiny-2"
+    wait_for(lambda: len(rows(again)) >= 3, process)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=300)
+    if process.returncode == RESUME_ME:  # it may have been at its last step
+        assert main(["train", "--resume", str(again)]) == 0
+    assert numbers(again) == numbers(straight), out
+
+
+def test_what_a_cluster_does_not_offer_is_refused_before_anything_starts(
+    raylets: Raylets, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "RESERVE_S", 3.0)
+    there = {"ray_address": raylets.address, "wait_s": 0.0}
+    message = refused(placed(tmp_path, rollout_workers=5, **there), tmp_path, capsys)
+    assert "placement needs 7 CPUs" in message and "has 4" in message and "placement.rollout_workers" in message
+    wide = placed(tmp_path, learner_cpus=0.5, rollout_workers=1, rollout_cpus=3, **there)
+    message = refused(wide, tmp_path, capsys)
+    assert "no arrangement on these nodes holds" in message and "rollout-0 3 CPU" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learners": 3}, r"placement.learners is 3, but an update has 2 groups"),
+        ({"learners": 1, "shard_base": True}, r"placement.shard_base is true with placement.learners=1"),
+        ({"colocated": True, "shard_base": True}, r"placement.shard_base is true with placement.colocated"),
+        ({"rollout_workers": 3, "rollout_workers_max": 2}, r"placement.rollout_workers_max is 2, less than"),
+        ({"rollout_timeout_s": 0.0}, r"placement.rollout_timeout_s is 0.0"),
+    ],
+)
+def test_what_no_cluster_could_do(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    config = tiny_config(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        replace(config, placement=replace(config.placement, **changes)).validate()

@@ -1,0 +1,82 @@
+"""What actors hand to each other: adapters bit for bit and of the right age; a shared model that gives the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ray import cloudpickle
+
+from grpo_flex.actors import ColocatedActor, LearnerActor, RolloutActor
+from grpo_flex.config import ConfigError, RunConfig
+from grpo_flex.types import Prompt, Role, RolloutGroup
+from grpo_flex.weights import read_adapter
+from tests.invariants.test_learning import nudged
+
+PROMPT = Prompt(id="p0", text="a red circle on a black background")
+
+
+def through_the_object_store(value: Any) -> Any:
+    return cloudpickle.loads(cloudpickle.dumps(value))
+
+
+def same(one: RolloutGroup, two: RolloutGroup) -> bool:
+    pictures = all(np.array_equal(a, b) for a, b in zip(one.media_G, two.media_G, strict=True))
+    return pictures and torch.equal(one.trajectories.logprobs_GK, two.trajectories.logprobs_GK)
+
+
+def test_a_worker_holds_what_was_published_bit_for_bit(config: RunConfig) -> None:
+    learner, actor = LearnerActor(config, "cpu"), RolloutActor(config, "cpu", "rollout-0")
+    nudged(learner.learner)
+    version, adapter = learner.adapter("sampling")
+    seconds, group = actor.generate(0, PROMPT, through_the_object_store(adapter))
+    held = read_adapter(actor.worker.model.transformer, 0).tensors
+    assert held.keys() == adapter.tensors.keys() and all(torch.equal(held[k], adapter.tensors[k]) for k in held)
+    assert group.policy_version == version == 0 and seconds > 0
+
+
+def test_an_adapter_of_another_age_is_refused(config: RunConfig) -> None:
+    learner, actor = LearnerActor(config, "cpu"), RolloutActor(config, "cpu", "rollout-0")
+    _, adapter = learner.adapter("sampling")
+    for step in (1, -1):
+        with pytest.raises(ValueError, match=r"sampling.lookahead=0 allows 0 to 0"):
+            actor.generate(step, PROMPT, adapter)
+    ahead = replace(config, sampling=replace(config.sampling, lookahead=1))
+    _, group = RolloutActor(ahead, "cpu", "rollout-0").generate(1, PROMPT, adapter)
+    assert group.policy_version == 0
+
+
+def test_an_adapter_that_was_written_half_way_is_not_used(config: RunConfig) -> None:
+    actor, adapter = RolloutActor(config, "cpu", "rollout-0"), LearnerActor(config, "cpu").adapter("sampling")[1]
+    actor.generate(0, PROMPT, adapter)
+    name = next(iter(adapter.tensors))
+    broken = replace(adapter, role="evaluation", tensors={**adapter.tensors, name: adapter.tensors[name][:-1]})
+    with pytest.raises(ValueError, match="do not fit the model"):
+        actor.worker.use(broken)
+    assert actor.worker.loaded == (-1, "")
+
+
+@pytest.mark.parametrize("role", ["sampling", "evaluation", "base"])
+def test_a_shared_model_samples_as_one_of_its_own_and_keeps_what_is_trained(config: RunConfig, role: Role) -> None:
+    apart, shared = LearnerActor(config, "cpu"), ColocatedActor(config, "cpu")
+    advantages = (np.array([1.0, -1.0, 0.5, -0.5]),)
+    for actor in (apart, shared):
+        nudged(actor.learner)
+        worker = RolloutActor(config, "cpu", "rollout-0").worker
+        actor.learner.update([worker.generate(0, PROMPT, actor.learner.adapter())], advantages, 0)  # three adapters
+    worker = RolloutActor(config, "cpu", "rollout-0").worker
+    expected = worker.generate(1, PROMPT, apart.adapter(role)[1])
+    before = [p.detach().clone() for p in shared.learner.parameters]
+    _, light = shared.adapter(role)
+    _, group = shared.generate(1, PROMPT, light)
+    assert not light.tensors and same(group, expected)
+    assert all(map(torch.equal, before, shared.learner.parameters))
+
+
+def test_weights_that_are_shared_are_never_old(config: RunConfig) -> None:
+    place = replace(config.placement, colocated=True)
+    with pytest.raises(ConfigError, match=r"sampling.lookahead is 1 with placement.colocated"):
+        replace(config, placement=place, sampling=replace(config.sampling, lookahead=1)).validate()

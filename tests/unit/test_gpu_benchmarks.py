@@ -1,0 +1,35 @@
+"""The GPU benchmarks run where Ray, vLLM and W&B are not installed; their tiny versions here."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+BLOCKED = """
+import sys
+for name in ("ray", "vllm", "wandb", "aiohttp", "rich", "matplotlib"):
+    sys.modules[name] = None
+"""
+RUN = """
+from benchmarks import gpu_flux, gpu_wan
+arguments = ["--tiny", "--group-size", "2", "--steps", "3", "--no-compile"]
+rows = [row for benchmark in (gpu_flux, gpu_wan) for row in benchmark.main(arguments)]
+for row in rows:
+    print(row.gap, row.rollout_tflops, row.update_tflops, row.planned_gib)
+"""
+
+
+def test_they_and_all_that_they_need_run_without_ray() -> None:
+    """One process for all, because it is imports that take the time."""
+    modules = (
+        "generators.flux", "generators.flux2", "generators.wan", "generators.blank", "dynamics", "objectives.grpo",
+        "objectives.guard", "objectives.nft", "objectives.awm", "objectives.dpo", "learner", "rollout", "plan", "plan_report",
+    )  # fmt: skip
+    code = BLOCKED + "".join(f"import grpo_flex.{module}\n" for module in modules) + RUN
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=500)
+    assert ended.returncode == 0, ended.stderr
+    for line in ended.stdout.splitlines()[-2:]:
+        gap, *others = map(float, line.split())
+        assert 0 <= gap < 1e-2
+        assert all(math.isfinite(value) and value > 0 for value in others)

@@ -1,0 +1,255 @@
+"""A plan against the tiny pipeline itself: exact where it says so, and memory against what the CPU's allocator hands out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from grpo_flex import plan
+from grpo_flex.__main__ import main
+from grpo_flex.config import ConfigError, RunConfig
+from grpo_flex.generators.blank import KNOWN, blank_pipeline, describe, stand_in, without_weights
+from grpo_flex.generators.flux import Flux
+from grpo_flex.learner import Learner
+from grpo_flex.plan import GIB, Plan, Process, first_change, make_plan
+from grpo_flex.plan_report import report
+from grpo_flex.tracing import LiveBytes, cost, saved_bytes
+from tests.configs import tiny_config
+
+SHAPES = "experiments/shapes_image.py"
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_folder: Path) -> RunConfig:
+    """The testbed's tiny FLUX: large enough that its activations are more than the allocator's rounding."""
+    generator = Flux(model="testbed/tiny_flux", height=64, width=64, max_sequence_length=16)
+    return tiny_config(tiny_folder, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def tiny_plan(tiny: RunConfig) -> Plan:
+    return make_plan(tiny)
+
+
+def forward(learner: Learner, siblings: int) -> Callable[[], Any]:
+    model: Any = learner.model
+    told = stand_in(model)
+    x = torch.zeros(siblings, *model.latent_shape, device=model.device)
+    return lambda: model.velocity(x, 0.9, told)
+
+
+def blank(config: RunConfig) -> Learner:
+    with without_weights():
+        return Learner(config, "meta")
+
+
+def test_parameters_and_adapter_are_exact(tiny: RunConfig, tiny_plan: Plan) -> None:
+    learner = Learner(tiny)
+    pipeline: Any = learner.model.pipeline  # pyright: ignore[reportAttributeAccessIssue]
+    for name, part in (("transformer", pipeline.transformer), ("vae", pipeline.vae)):
+        assert tiny_plan.parameters[name] == sum(p.numel() for n, p in part.named_parameters() if "lora_" not in n)
+    assert tiny_plan.adapter == sum(p.numel() for p in learner.parameters)
+    assert tiny_plan.judge_calls == tiny.prompts.per_step * 6  # 4 siblings: 6 pairs
+
+
+@pytest.mark.parametrize("targets", [(), ("attn.to_q",)])
+def test_what_autograd_keeps_is_foretold(tiny: RunConfig, targets: tuple[str, ...]) -> None:
+    """Not one byte apart, but for the random state that a GPU's attention kernel keeps: 16 bytes and padding a block."""
+    tiny = replace(tiny, adapter=replace(tiny.adapter, targets=targets))
+    real, meta = Learner(tiny), blank(tiny)
+    kept, foretold = (saved_bytes(forward(r, 4), r.model.transformer.parameters()) for r in (real, meta))
+    assert kept > 1e6
+    assert foretold == pytest.approx(kept, rel=0.01)
+
+
+def test_peak_of_the_update_matches_the_allocators(tiny: RunConfig, tiny_plan: Plan) -> None:
+    """Allocations of the CPU, as PyTorch's profiler reports them, while one real pass goes forward and back."""
+    learner = Learner(tiny)
+    call = forward(learner, tiny.sampling.group_size)
+
+    def one_pass() -> None:
+        call().square().mean(dim=(1, 2)).sum().backward()
+
+    one_pass()
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
+        one_pass()
+    peak = now = 0
+    results: Any = profile.profiler
+    for event in results.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    (planned,) = (p.parts["activations"] for p in tiny_plan.processes if p.name == "learner")
+    assert planned == pytest.approx(peak, rel=0.1)
+
+
+def test_flops_are_those_that_pytorch_counts(tiny: RunConfig) -> None:
+    """Forward and back, on real tensors by FlopCounterMode. Its CPU attention has no formula, so that is done as matrix products."""
+    counted = FlopCounterMode(display=False)
+    with counted, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        forward(Learner(tiny), 4)().sum().backward()
+    call = forward(blank(tiny), 4)
+    fused, products = cost(lambda: call().sum().backward()).flops, counted.get_total_flops()
+    assert 0 < fused - products < 0.05 * products  # the fused kernel computes the scores again on the way back
+
+
+def test_recomputing_takes_memory_and_costs_flops(tiny: RunConfig, tiny_plan: Plan) -> None:
+    generator: Any = tiny.generator
+    saving = replace(tiny, generator=replace(generator, memory=replace(generator.memory, checkpoint_every=1)))
+    plans = [tiny_plan, make_plan(saving)]
+    kept, recomputed = (next(p for p in made.processes if p.name == "learner").parts["activations"] for made in plans)
+    assert recomputed < 0.6 * kept
+    assert plans[1].update_flops > 1.2 * plans[0].update_flops
+    assert plans[1].rollout_flops == plans[0].rollout_flops
+
+
+def test_live_bytes_counts_births_and_deaths() -> None:
+    outside = torch.ones(100)
+    with LiveBytes([outside]) as live:
+        a = torch.ones(1000)
+        b = a.view(10, 100) + 1
+        outside.view(-1)
+        del a
+        a = b * 2
+        assert live.now == 8000
+    assert live.peak == 8000
+    del a, b
+    assert live.now == 0
+
+
+# ---------------------------------------------------------------- public models
+
+
+@pytest.mark.parametrize(
+    ("file", "millions"),
+    [("flux1_dev", 11_901.4), ("flux1_schnell", 11_891.2), ("wan21_t2v_1_3b", 1_419.0), ("wan21_t2v_14b", 14_288.5)],
+)
+def test_known_models_have_their_published_sizes(file: str, millions: float) -> None:
+    import diffusers
+
+    entry = json.loads((KNOWN / f"{file}.json").read_text())
+    assert entry["source"]
+    described = describe(entry["hub"])
+    pipeline = blank_pipeline(
+        getattr(diffusers, described.index["_class_name"]), described, torch.bfloat16, "meta", {"text_encoder_2": None}
+    )
+    assert sum(p.numel() for p in pipeline.transformer.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
+    assert pipeline.transformer.device.type == "meta"
+
+
+def test_an_unknown_model_is_refused_with_the_way_out(config: RunConfig) -> None:
+    generator: Any = config.generator
+    with pytest.raises(
+        ConfigError, match=r"'owner/thing', whose configuration is not on this machine; known.*FLUX.1-dev.*--model"
+    ):
+        make_plan(replace(config, generator=replace(generator, model="owner/thing")))
+
+
+def test_loading_is_as_before_after_a_plan(config: RunConfig) -> None:
+    from diffusers import DiffusionPipeline
+
+    before = DiffusionPipeline.__dict__["from_pretrained"]
+    with pytest.raises(ConfigError), without_weights():
+        raise ConfigError("anything")
+    assert DiffusionPipeline.__dict__["from_pretrained"] is before
+
+
+# ---------------------------------------------------------------- cards
+
+
+def process(name: str, count: int, gpus: float, gib: float) -> Process:
+    return Process(
+        name=name, count=count, gpus=gpus, moment="", parts={"all": int(gib * GIB)}, stays={"": int(gib * GIB / 2)}
+    )
+
+
+def planned(config: RunConfig, *processes: Process) -> Plan:
+    return Plan(
+        config=config, parameters={}, adapter=0, processes=processes, stored=0, forward_flops=0, rollout_flops=6 * 10**14,
+        update_flops=3 * 10**14, judge_calls=100,
+    )  # fmt: skip
+
+
+def test_processes_share_cards_as_ray_packs_them(config: RunConfig) -> None:
+    shared = planned(config, process("worker", 1, 0.5, 10), process("learner", 1, 0.5, 20))
+    assert shared.fits(1, 30) and not shared.fits(1, 29)
+    assert shared.lasting() == 15 * GIB
+    apart = planned(config, process("worker", 7, 1, 10), process("learner", 1, 1, 20))
+    assert apart.fits(8, 20) and not apart.fits(7, 80)
+
+
+def test_a_learner_that_samples_too_holds_one_set_of_weights(config: RunConfig) -> None:
+    place = replace(config.placement, colocated=True, rollout_workers=1, learner_gpus=1.0)
+    (one,) = make_plan(replace(config, placement=place)).processes
+    worker, learner = make_plan(config).processes
+    assert one.gpus == 1 and max(worker.total, learner.total) <= one.total < worker.total + learner.total
+    assert one.parts["adapter, gradient, averages, AdamW"] == learner.parts["adapter, gradient, averages, AdamW"]
+    assert "adapter" not in one.parts
+
+
+def test_times_follow_from_what_is_given(config: RunConfig) -> None:
+    made = planned(config, process("worker", 2, 1, 10), process("learner", 1, 1, 20))
+    lines = "\n".join(report(made, 1, 80, tflops=100, judge_rate=10))
+    assert "3.0 s, 2 at once" in lines and "3.0 s, 1 at once" in lines  # 600 TFLOP by two, 300 by one
+    assert "10.0 s, while the rollout goes on" in lines
+    assert "13.0 s, if a GPU sustains 100 TFLOP/s" in lines
+    assert "placement asks for 3 GPUs and there are 1" in lines
+    assert " s, " not in "\n".join(report(made, 3, 80, tflops=0, judge_rate=0))
+
+
+@pytest.mark.parametrize(
+    ("gpu_memory", "changes"),
+    [
+        (35, ["generator.dtype=bfloat16"]),
+        (25, ["generator.memory.checkpoint_every=1"]),
+        (15, ["generator.dtype=bfloat16", "generator.memory.checkpoint_every=1"]),
+        (2, None),
+    ],
+)
+def test_the_first_change_that_makes_it_fit(
+    config: RunConfig, gpu_memory: float, changes: list[str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """40 GiB: a quarter less with bfloat16, half less with recomputation, nothing else helps."""
+
+    def weighed(config: RunConfig) -> Plan:
+        generator: Any = config.generator
+        size = 40 * (0.75 if generator.dtype == "bfloat16" else 1) * (0.5 if generator.memory.checkpoint_every else 1)
+        return planned(config, process("learner", 1, 1, size))
+
+    monkeypatch.setattr(plan, "make_plan", weighed)
+    found = first_change(weighed(config), 1, gpu_memory)
+    assert (found and found[0]) == changes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan"], "which experiment"),
+        (["plan", SHAPES, "--gpus", "1", "--gpu-memory", "80"], "runs on CPUs and no GPU would hold anything"),
+        (["plan", SHAPES, "--gpus", "1"], "--gpus and --gpu-memory belong together"),
+        (["plan", SHAPES, "--tflops", "-1"], "--tflops is -1.0; it needs to be a number of 0 or more"),
+        (["plan", SHAPES, "--gpu-memory", "nan"], "--gpu-memory is nan"),
+        (["plan", SHAPES, "--model", "nowhere"], "generator.model is 'nowhere', which is no folder here"),
+        (["train", SHAPES, "--dry-run", "--model", "nowhere"], "generator.model is 'nowhere'"),
+    ],
+)
+def test_bad_input_of_the_command_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_prints_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", SHAPES, "--model", "testbed/tiny_flux", "--tflops", "0.05"]) == 0
+    said = capsys.readouterr().out
+    for word in ("Parameters", "Memory of each learner", "TFLOP", "960 verdicts"):
+        assert word in said
