@@ -101,7 +101,9 @@ def test_a_judge_of_the_runs_own_and_a_worker_that_are_killed_come_back_by_thems
     assert "the judge's process has ended; starting it again" in out
     assert total(run_dir, "judge/restarts") == 1 and total(run_dir, "judge/masked_share") == 0
     state = json.loads((run_dir / "status.json").read_text())
-    assert sorted(state["workers"][f"rollout-{i}"] for i in (0, 1)) == ["alive", "alive, restarted once"]
+    one, two = sorted(state["workers"][f"rollout-{i}"] for i in (0, 1))
+    # The other worker may have done the rest before the lost one was there again.
+    assert one == "alive" and two in ("alive, restarted once", "starting, restarted once")
     assert [what.split(",")[0] for what in state["judge"].values()] == ["healthy"]
 
 

@@ -116,7 +116,8 @@ def test_a_judge_and_two_scorers_give_one_advantage(tmp_path: Path) -> None:
         assert row["judge/verdicts"] == 12 and row["scorer/verdicts"] == 16  # 6 pairs and 2 × 4 scores of 2 groups
         assert row["judge/parse_rate"] == 1 and row["judge/masked_share"] == 0 and row["advantage/masked_share"] == 0
         assert {"reward/judge/dim_std", "reward/clip_std", "scorer/clip_mean", "advantage/abs_mean"} <= row.keys()
-    assert entries(run_dir) == {("", 2, "ok"): 24, ("oracle", 1, "ok"): 16, ("clip", 1, "ok"): 16}
+    # Two steps of two groups, and three held-out samples beside the base model's.
+    assert entries(run_dir) == {("", 2, "ok"): 24 + 3, ("oracle", 1, "ok"): 16, ("clip", 1, "ok"): 16}
 
 
 def test_a_scorer_that_raises_masks_its_siblings_and_the_run_goes_on(tmp_path: Path) -> None:
