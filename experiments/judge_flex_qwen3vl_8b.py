@@ -2,7 +2,7 @@
 
 Give the data with sft.traces=… and pairs.preferences=…; `docs/train-a-judge.md` has the commands. The paper's learning
 rate, batch and warm-up; β 0.1; two samples at temperature 0.7. The picture encoder is left as it is, as in
-UnifiedReward's public configuration of Qwen2.5-VL; the summary that these settings follow does not say it of Flex.
+UnifiedReward's public configuration of Qwen2.5-VL; whether Flex's training did so too is not known to us.
 """
 
 from reward_server.asking import Endpoint

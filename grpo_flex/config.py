@@ -467,16 +467,19 @@ def _complaints(part: Any, prefix: str = "") -> Iterator[Problem]:
     for f in fields(part):
         value = getattr(part, f.name)
         hint = _hints(type(part)).get(f.name, Any)
-        if is_part(value):
-            yield from _complaints(value, f"{prefix}{f.name}.")
-        elif not _fits(value, hint):
+        if not is_part(value) and not _fits(value, hint):
             mistyped.add(f.name)
             yield f"{prefix}{f.name}", f"is {value!r}; it needs to be {_spell(hint)}"
-        elif isinstance(value, tuple):
-            for i, inner in enumerate(value):
-                yield from _complaints(inner, f"{prefix}{f.name}.{i}.") if is_part(inner) else ()
+        for name, inner in _parts_of(f.name, value):
+            yield from _complaints(inner, f"{prefix}{name}.")
     if not mistyped and hasattr(part, "problems"):  # a part's own rules presume the right types
         yield from ((prefix + name, text) for name, text in part.problems())
+
+
+def _parts_of(name: str, value: Any) -> list[tuple[str, Any]]:
+    """A field's own parts with their dotted names: the value itself, or the parts in a tuple."""
+    found = {name: value} if not isinstance(value, tuple) else {f"{name}.{i}": v for i, v in enumerate(value)}
+    return [(path, inner) for path, inner in found.items() if is_part(inner)]
 
 
 def is_part(value: Any) -> bool:

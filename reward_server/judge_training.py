@@ -91,7 +91,7 @@ class Dpo(Fit):
     model: str = ""
     """Where it starts, and its reference; empty: what this experiment's ``sft`` has saved."""
     beta: float = 0.1
-    # The paper's summary that we have names no learning rate for this stage; this one is a fifth of stage 1's.
+    # Our own choice, a fifth of stage 1's: the paper's for this stage is not known to us.
     lr: float = 5e-7
 
     def problems(self) -> Iterator[Problem]:

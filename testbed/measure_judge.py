@@ -26,13 +26,12 @@ from reward_server.families.base import Reply
 from reward_server.families.flex import ANCHORS, parse
 from testbed.judge_data import SIBLINGS, Bank, Draw, Pair, draw_renders, heldout_texts, load_bank, siblings
 from testbed.judge_model import CELLS, GRID, MERGE, new_tokenizer, patches, request_ids
+from testbed.judge_preferences import CLEAR
 from testbed.judge_trace import winner_of
 from testbed.train_judge import OUTPUT, STAGES, JudgeConfig, flux_draw
 from testbed.training import BUILD, seconds_spent
 
 SEED = 91
-CLEAR = 0.1
-"""Difference of two pictures' alignment from which the oracle's preference counts as clear."""
 MAX_TOKENS = 64
 _VALUES = {"alignment": "alignment", "quality": "quality", "aesthetics": "composition"}
 
