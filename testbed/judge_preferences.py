@@ -21,7 +21,6 @@ from testbed.judge_trace import winner_of
 
 CLEAR = 0.1
 """Difference of two pictures' alignment from which the oracle's preference counts as clear."""
-"""Difference in alignment from which a pair is clear; `testbed.measure_judge` says the same."""
 SEED = 71
 
 
