@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -254,7 +254,11 @@ def positions(pictures: int, length: int) -> torch.Tensor:
 
 
 def reply_logits(
-    model: Qwen3VLForConditionalGeneration, pixels: torch.Tensor, ids: torch.Tensor, wanted: torch.Tensor
+    model: Qwen3VLForConditionalGeneration,
+    pixels: torch.Tensor,
+    ids: torch.Tensor,
+    wanted: torch.Tensor,
+    features_of: Callable[[Qwen3VLForConditionalGeneration, torch.Tensor], list[torch.Tensor]] = picture_features,
 ) -> torch.Tensor:
     """Logits [m, vocabulary] at the wanted places of right-padded sequences.
 
@@ -262,8 +266,9 @@ def reply_logits(
         pixels: Patches [b * pictures, 64, 384], in the order in which the sequences show them.
         ids: [b, length]; all show equally many pictures, at the same places.
         wanted: bool [b, length], m of them true.
+        features_of: `picture_features`, or the same compiled.
     """
-    features = picture_features(model, pixels)
+    features = features_of(model, pixels)
     seen = ids == model.config.image_token_id
     embedded = model.get_input_embeddings()(ids)
     embedded = embedded.masked_scatter(seen[..., None], features[0].to(embedded.dtype))

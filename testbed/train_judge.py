@@ -2,7 +2,8 @@
 
 `python -m testbed.train_judge` draws the pictures, then trains what is missing: first to describe one picture, then
 to compare two in the Flex format, with the oracle as the teacher. Everything resumes from `testbed/.build`.
-`--export` only saves the present weights.
+`--export` only saves the present weights. `--compile` takes two minutes and a C++ compiler, and makes a step 1.6 times
+as fast.
 """
 
 from __future__ import annotations
@@ -21,7 +22,16 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from testbed import judge_trace, training
 from testbed.judge_data import Draw, Material, draw_renders, load_bank, training_texts
-from testbed.judge_model import new_model, patches, reply_ids, reply_logits, request_ids, save, token_ids
+from testbed.judge_model import (
+    new_model,
+    patches,
+    picture_features,
+    reply_ids,
+    reply_logits,
+    request_ids,
+    save,
+    token_ids,
+)
 from testbed.training import BUILD, Course
 
 OUTPUT = Path(__file__).parent / "tiny_judge"
@@ -29,12 +39,14 @@ OUTPUT = Path(__file__).parent / "tiny_judge"
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
-    """What all stages share: the seed of the weights, how many prompts have pictures, and where progress is kept."""
+    """What all stages share: the weights' seed, how many prompts have pictures, where progress is kept, and whether the
+    model is compiled."""
 
     seed: int = 41
     build: Path = BUILD
     sampled_prompts: int = 5000
     rendered_prompts: int = 5000
+    compile: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +124,8 @@ def make_batch(stage: Stage, drawn: Material, step: int) -> Batch:
 
 def collate(images: np.ndarray, requests: Sequence[Sequence[int]], replies: Sequence[Sequence[int]]) -> Batch:
     """Pads on the right; only the replies are to be learned."""
-    length = max(len(request) + len(reply) for request, reply in zip(requests, replies, strict=True))
+    longest = max(len(request) + len(reply) for request, reply in zip(requests, replies, strict=True))
+    length = -(-longest // 8) * 8  # few lengths, because each is compiled for itself
     ids = torch.full((len(requests), length), token_ids()["<|endoftext|>"])
     wanted = torch.zeros(ids.shape, dtype=torch.bool)
     for row, (request, reply) in enumerate(zip(requests, replies, strict=True)):
@@ -122,11 +135,11 @@ def collate(images: np.ndarray, requests: Sequence[Sequence[int]], replies: Sequ
     return Batch(pixels=patches(images), ids=ids, wanted=wanted, targets=ids[:, 1:][wanted[:, :-1]])
 
 
-def logits_of(model: Qwen3VLForConditionalGeneration, batch: Batch) -> torch.Tensor:
+def logits_of(model: Qwen3VLForConditionalGeneration, batch: Batch, features_of=picture_features) -> torch.Tensor:
     """Logits [m, vocabulary] in float32, by bfloat16 arithmetic."""
     # For so few tokens the plain attention is the fastest of the CPU's.
     with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", dtype=torch.bfloat16):
-        return reply_logits(model, batch.pixels, batch.ids, batch.wanted).float()
+        return reply_logits(model, batch.pixels, batch.ids, batch.wanted, features_of).float()
 
 
 class Progress:
@@ -155,10 +168,14 @@ def train(
 ) -> None:
     """Trains, or resumes, a stage in place; its state is `<build>/<stage>.pt`."""
     drawn, progress = material(config), Progress()
+    features_of = picture_features
+    if config.compile:
+        features_of = torch.compile(features_of, dynamic=False)
+        model.model.language_model.compile(dynamic=False)
 
     def loss_of(step: int) -> torch.Tensor:
         batch = make_batch(stage, drawn, step)
-        logits = logits_of(model, batch)
+        logits = logits_of(model, batch, features_of)
         progress.add(logits.detach(), batch.targets)
         return nn.functional.cross_entropy(logits, batch.targets)
 
@@ -187,11 +204,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--export", action="store_true", help="save the present weights and stop")
+    parser.add_argument("--compile", action="store_true", help="compile the model: 1.6 times as fast")
     parser.add_argument("--draw", action="store_true", help="draw the pictures and stop")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    config = JudgeConfig()
+    config = JudgeConfig(compile=options.compile)
     if options.draw:
         material(config)
         return
