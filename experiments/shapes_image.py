@@ -19,18 +19,24 @@ from testbed.oracle_judge import OracleJudge
 def config() -> RunConfig:
     return RunConfig(
         name="shapes_image",
-        steps=80,
+        steps=84,
         generator=Flux(model="testbed/tiny_flux", height=64, width=64, shift=3.0, max_sequence_length=16),
         prompts=Prompts(
             train="testbed/prompts/shapes_train.jsonl", heldout="testbed/prompts/shapes_heldout.jsonl", per_step=8
         ),
         sampling=Sampling(
-            group_size=16, steps=10, eval_steps=10, dynamics=Ode(), window=AllButLast(), same_noise=False
+            group_size=16,
+            steps=10,
+            eval_steps=10,
+            dynamics=Ode(),
+            window=AllButLast(),
+            same_noise=False,
+            lookahead=1,  # the next groups are sampled while the learner learns: a fifth less time a step
         ),
         judge=Judge(family=Flex(), server=OracleJudge(), pairs=RoundRobin()),
         reward=WinRate(weights=(1.0, 0.5, 0.1)),
         advantage=GroupRelative(alpha=0.7, scale="batch"),
-        objective=Nft(kl_beta=0.05),
+        objective=Nft(kl_beta=0.06),
         adapter=Adapter(rank=16, alpha=32),
         optimizer=Optimizer(lr=1e-3, lr_end=0.1, updates_per_rollout=2, ema=0.9),
         evaluation=Evaluation(every=10, scorer=ShapesOracle(), samples_per_prompt=2),

@@ -28,6 +28,10 @@ from grpo_flex.rollout import RolloutWorker
 from grpo_flex.scorers import score_group
 from grpo_flex.types import Adapter, Prompt, Role, RolloutGroup, Sample, UpdateBatch, UpdateResult, Verdict
 
+GIVE_WAY = 4
+"""Niceness of workers that sample ahead, on top of Ray's 15: where they share cores with the learner, it is the one
+that is waited for."""
+
 _two: Any = ray.method(num_returns=2)
 """Marks a call that gives a receipt and a result; untyped, because outside of Ray it is an ordinary method."""
 
@@ -35,6 +39,8 @@ _two: Any = ray.method(num_returns=2)
 class RolloutActor:
     def __init__(self, config: RunConfig, device: str, name: str) -> None:
         self.config, self.device, self.name = config, device, name
+        if config.sampling.lookahead:
+            os.nice(GIVE_WAY)
 
     @cached_property
     def worker(self) -> RolloutWorker:
@@ -90,16 +96,24 @@ class LearnerActor:
         """Returns when the model is loaded."""
         _ = self.learner
 
+    def begin(self, batch: UpdateBatch, of: int, step: int) -> None:
+        """A head start on the update of ``of`` groups, with the first ones of them."""
+        own = [i for i in self.learner.shares(of)[0].own if i < len(batch.groups)]
+        self.learner.begin(self._fetch(batch, own), batch.advantages, of, step)
+
     @_two
     def update(self, batch: UpdateBatch, step: int) -> tuple[UpdateResult, dict[str, Any] | None]:
         """(result, rank 0's state after it)."""
         own = sorted({i for share in self.learner.shares(len(batch.groups)) for i in [*share.own, *share.filling]})
+        result = self.learner.update(self._fetch(batch, own), batch.advantages, step)
+        return result, self.learner.state() if self.ranks.rank == 0 else None
+
+    def _fetch(self, batch: UpdateBatch, own: Sequence[int]) -> dict[int, RolloutGroup]:
         groups = dict(zip(own, ray.get([batch.groups[i] for i in own]), strict=True))
         for group in groups.values():
             behind = self.learner.version - group.policy_version
             _check_age(behind, self.config.sampling.lookahead, f"version {self.learner.version} is to learn from")
-        result = self.learner.update(groups, batch.advantages, step)
-        return result, self.learner.state() if self.ranks.rank == 0 else None
+        return groups
 
     @_two
     def adapter(self, role: Role) -> tuple[int, Adapter]:

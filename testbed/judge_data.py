@@ -259,6 +259,12 @@ class Material:
         key = int(rng.integers(len(bank.texts))), int(rng.integers(SIBLINGS))
         return bank.images[key], bank.judged(*key)
 
+    def prompted(self, rng: np.random.Generator) -> tuple[str, Mapping[str, Any], np.ndarray, Judged]:
+        """A prompt, its reference, a picture [64, 64, 3] made for it, and what the oracle finds."""
+        bank = self.samples if rng.random() < 0.5 else self.renders
+        prompt, sibling = int(rng.integers(len(bank.texts))), int(rng.integers(SIBLINGS))
+        return bank.texts[prompt], bank.reference(prompt), bank.images[prompt, sibling], bank.judged(prompt, sibling)
+
     def pair(self, rng: np.random.Generator) -> Pair:
         """A pair with a better picture, in random order."""
         while True:

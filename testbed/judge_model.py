@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from testbed.judge_trace import COMPARE, DESCRIBE, WORDING, vocabulary
+from testbed.judge_trace import COMPARE, DESCRIBE, POINT_WORDING, SCORE, WORDING, vocabulary
 from testbed.scenes import CANVAS
 
 SPECIAL = (
@@ -101,11 +101,12 @@ def request_ids(pictures: int, text: str = "") -> list[int]:
     """Ids of a request as the chat template and the processor make them.
 
     Args:
-        pictures: 1 (describe) or 2 (compare, for the prompt `text`).
+        pictures: 1 (describe, or score for the prompt `text`) or 2 (compare for it).
     """
     ids = token_ids()
     shown = [ids["<|vision_start|>"], *[ids["<|image_pad|>"]] * CELLS**2, ids["<|vision_end|>"]]
-    words = new_tokenizer().encode(f"{COMPARE} {text}" if pictures == 2 else DESCRIBE, add_special_tokens=False)
+    asked = f"{COMPARE if pictures == 2 else SCORE} {text}" if text else DESCRIBE
+    words = new_tokenizer().encode(asked, add_special_tokens=False)
     ends = [ids["<|im_end|>"], ids["\n"], ids["<|im_start|>"], ids["assistant\n"]]
     return [ids["<|im_start|>"], ids["user\n"], *shown * pictures, *words, *ends]
 
@@ -163,6 +164,7 @@ def save(model: Qwen3VLForConditionalGeneration, folder: Path) -> None:
     new_tokenizer().save_pretrained(scratch)
     (scratch / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     (scratch / "prompt.txt").write_text(WORDING)
+    (scratch / "prompt_point.txt").write_text(POINT_WORDING)
     for name, settings in processor_settings().items():
         (scratch / name).write_text(json.dumps(settings, indent=1) + "\n")
     folder.mkdir(parents=True, exist_ok=True)

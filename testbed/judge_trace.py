@@ -20,8 +20,11 @@ from testbed.scenes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES
 
 COMPARE = "Which image serves the prompt better? Prompt:"
 DESCRIBE = "Describe the image."
+SCORE = "Score the image. Prompt:"
 WORDING = COMPARE + " {prompt}"
 """The Flex family's wording for this judge, saved as `prompt.txt` beside its weights."""
+POINT_WORDING = SCORE + " {prompt}"
+"""The same for UnifiedReward 2.0's scores of one picture, saved as `prompt_point.txt`."""
 
 _NAMES = (*category_names("image"), "Spatial Relation")
 _A, _B, _C, _D = (f"{letter}. {name}" for letter, name in zip("ABCD", _NAMES, strict=True))
@@ -56,6 +59,9 @@ _OBJECT = {
 """(colour holds, shape holds) -> the word for an object that the prompt asks for."""
 _MOST = 7  # attributes of a prompt
 _STEPS = 20  # measures are written in steps of 1/20
+_LINE = {name: f"\n{name}: " for name in ("First object", "Second object", "Size", "Relation")}
+_HOLDS = "\nHolds"
+_AXES = tuple(f"\n{axis} Score (1-5):" for axis in ("Alignment", "Coherence", "Style"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +97,25 @@ def trace(reference: Mapping[str, Any], one: Judged, two: Judged) -> list[str]:
     pieces += _relation(one.score, two.score, overall) if related else []
     equal = abs(one.score.alignment - two.score.alignment) < NEAR
     return [*pieces, _REASONS[equal], _overall_winner(overall)]
+
+
+def scores(reference: Mapping[str, Any], judged: Judged) -> list[str]:
+    """The pieces of a reply to `SCORE`: what the picture shows, what holds of the prompt, UnifiedReward 2.0's three scores."""
+    held = judged.score.attributes
+    pieces = description(judged.reading)
+    for name in ("First object", *dimensions_after_first(reference)[:-1]):
+        pieces += [_LINE[name], _word_of(name, held)]
+    values = (judged.score.alignment, judged.score.quality, judged.score.composition)
+    marks = [piece for axis, value in zip(_AXES, values, strict=True) for piece in (axis, mark(value))]
+    return [*pieces, _HOLDS, _fraction(judged.score), *marks]
+
+
+def _word_of(dimension: str, held: Mapping[str, bool]) -> str:
+    """Whether what a dimension is about holds of one picture."""
+    if dimension in ("Size", "Relation"):
+        return _RIGHT[held["relation" if dimension == "Relation" else "object1.size"]]
+    key = "object1" if dimension == "First object" else "object2"
+    return _OBJECT[held[f"{key}.colour"], held[f"{key}.shape"]]
 
 
 def winner_of(one: Score, two: Score) -> int | None:
@@ -187,6 +212,11 @@ def measure(value: float) -> str:
     return f" {round(value * _STEPS) / _STEPS:.2f}"
 
 
+def mark(value: float) -> str:
+    """A number between 0 and 1 as a mark from 1 to 5, in as many steps, as one piece."""
+    return f" {1 + 4 * round(value * _STEPS) / _STEPS:.1f}"
+
+
 # ---------------------------------------------------------------- pieces
 
 _RIGHT = ("wrong", "right")
@@ -257,7 +287,7 @@ def overall_winners() -> tuple[str, str]:
 
 def vocabulary() -> list[str]:
     """Every piece that prompts and traces are made of, without repetition, in a fixed order."""
-    return list(dict.fromkeys([*_prompt_pieces(), *_description_pieces(), *_trace_pieces()]))
+    return list(dict.fromkeys([*_prompt_pieces(), *_description_pieces(), *_trace_pieces(), *_point_pieces()]))
 
 
 def _prompt_pieces() -> Iterator[str]:
@@ -285,3 +315,8 @@ def _trace_pieces() -> Iterator[str]:
     for share, following in product((0, 1, 2, 3, 4, 6, 7, 8, 9, 10), (_C, _D, "")):
         yield _measured(share, following)
     yield from (_related(points, winner) for points, winner in ((0, 1), (5, 0), (5, 1), (10, 0)))
+
+
+def _point_pieces() -> Iterator[str]:
+    yield from (SCORE, *_LINE.values(), _HOLDS, *_AXES)
+    yield from (mark(step / _STEPS) for step in range(_STEPS + 1))

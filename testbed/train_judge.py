@@ -1,7 +1,8 @@
 """Trains the tiny judge from nothing and saves it to `testbed/tiny_judge`.
 
 `python -m testbed.train_judge` draws the pictures, then trains what is missing: first to describe one picture, then
-to compare two in the Flex format, with the oracle as the teacher. Everything resumes from `testbed/.build`.
+to compare two in the Flex format and, in every fifth step, to score one in UnifiedReward 2.0's, with the oracle as the
+teacher. Everything resumes from `testbed/.build`.
 `--export` only saves the present weights. `--compile` takes two minutes and a C++ compiler, and makes a step 1.6 times
 as fast.
 """
@@ -51,7 +52,10 @@ class JudgeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Hyper-parameters of a stage; `pictures` is 1 to describe one, 2 to compare two."""
+    """Hyper-parameters of a stage; `pictures` is 1 to describe one, 2 to compare two.
+
+    Every `point_every`-th step scores single pictures instead, `pictures` times as many; 0: none does.
+    """
 
     name: str
     pictures: int
@@ -59,11 +63,12 @@ class Stage:
     steps: int
     batch: int
     peak_lr: float
+    point_every: int = 0
 
 
 STAGES = (
     Stage(name="judge_describe", pictures=1, seed=42, steps=3000, batch=96, peak_lr=2e-3),
-    Stage(name="judge_compare", pictures=2, seed=43, steps=6000, batch=48, peak_lr=1.5e-3),
+    Stage(name="judge_compare", pictures=2, seed=43, steps=6000, batch=48, peak_lr=1.5e-3, point_every=5),
 )
 
 
@@ -106,20 +111,31 @@ def flux_draw() -> Draw:
 def make_batch(stage: Stage, drawn: Material, step: int) -> Batch:
     """The batch of a step; the same for the same step."""
     rng = np.random.default_rng((stage.seed, step))
-    images: list[np.ndarray] = []
-    requests, replies = [], []
-    for _ in range(stage.batch):
-        if stage.pictures == 1:
-            image, judged = drawn.picture(rng)
-            images.append(image)
-            requests.append(request_ids(1))
-            replies.append(reply_ids(judge_trace.description(judged.reading)))
-        else:
-            pair = drawn.pair(rng)
-            images += pair.images
-            requests.append(request_ids(2, pair.text))
-            replies.append(reply_ids(judge_trace.trace(pair.reference, *pair.judged)))
-    return collate(np.stack(images), requests, replies)
+    if stage.point_every and step % stage.point_every == stage.point_every - 1:
+        examples = [_scored(drawn, rng) for _ in range(stage.batch * stage.pictures)]
+    else:
+        examples = [(_described, _compared)[stage.pictures - 1](drawn, rng) for _ in range(stage.batch)]
+    images, requests, replies = zip(*examples, strict=True)
+    return collate(np.concatenate(images), requests, [reply_ids(pieces) for pieces in replies])
+
+
+Example = tuple[np.ndarray, list[int], list[str]]
+"""Pictures [k, 64, 64, 3], the request's ids, and the reply's pieces."""
+
+
+def _described(drawn: Material, rng: np.random.Generator) -> Example:
+    image, judged = drawn.picture(rng)
+    return image[None], request_ids(1), judge_trace.description(judged.reading)
+
+
+def _scored(drawn: Material, rng: np.random.Generator) -> Example:
+    text, reference, image, judged = drawn.prompted(rng)
+    return image[None], request_ids(1, text), judge_trace.scores(reference, judged)
+
+
+def _compared(drawn: Material, rng: np.random.Generator) -> Example:
+    pair = drawn.pair(rng)
+    return np.stack(pair.images), request_ids(2, pair.text), judge_trace.trace(pair.reference, *pair.judged)
 
 
 def collate(images: np.ndarray, requests: Sequence[Sequence[int]], replies: Sequence[Sequence[int]]) -> Batch:

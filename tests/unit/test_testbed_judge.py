@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from reward_server.families.flex import Flex, parse
+from reward_server.families.unified import Unified2Point, parse_point2
 from testbed import judge_data, judge_model, judge_trace, train_judge
 from testbed import scenes as world
 from testbed.judge_data import Bank, Material, Pair
@@ -56,6 +57,26 @@ def test_the_parser_reads_the_oracles_winners_from_every_trace(pairs: list[Pair]
         for anchor, name in (("alignment", "alignment"), ("quality", "quality"), ("aesthetics", "composition")):
             first, second = getattr(one, name), getattr(two, name)
             assert reply.dimensions[anchor] == (reply.winner if first == second else float(second > first))
+
+
+def test_the_parser_reads_the_oracles_marks_from_every_scored_picture(material: Material) -> None:
+    rng, words = np.random.default_rng(7), new_tokenizer()
+    for _ in range(60):
+        _, reference, _, judged = material.prompted(rng)
+        pieces = judge_trace.scores(reference, judged)
+        reply = parse_point2("".join(pieces))
+        values = (judged.score.alignment, judged.score.quality, judged.score.composition)
+        assert reply.status == "ok"
+        for axis, value in zip(("alignment", "coherence", "style"), values, strict=True):
+            assert reply.scores[axis][0] == pytest.approx(1 + 4 * value, abs=0.11)
+        assert words.encode("".join(pieces), add_special_tokens=False) == reply_ids(pieces)[:-1]
+
+
+def test_every_fifth_batch_of_comparing_scores_single_pictures(material: Material) -> None:
+    stage = Stage(name="stage", pictures=2, seed=1, steps=10, batch=3, peak_lr=1e-3, point_every=5)
+    asked = token_ids()[judge_trace.SCORE]
+    scored = [bool((train_judge.make_batch(stage, material, step).ids == asked).any()) for step in range(10)]
+    assert scored == [False] * 4 + [True] + [False] * 4 + [True]
 
 
 def test_a_swapped_pair_has_the_opposite_winners(pairs: list[Pair]) -> None:
@@ -157,6 +178,11 @@ def test_the_saved_folder_asks_as_training_did(model: Qwen3VLForConditionalGener
     rendered = words.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     rendered = rendered.replace("<|image_pad|>", "<|image_pad|>" * 16)
     assert words(rendered)["input_ids"] == request_ids(2, text)
+    point = Unified2Point(prompt_file=str(tmp_path / "judge" / "prompt_point.txt"))
+    rendered = words.apply_chat_template(
+        point.request(text, [["data:,"]]), tokenize=False, add_generation_prompt=True
+    ).replace("<|image_pad|>", "<|image_pad|>" * 16)
+    assert words(rendered)["input_ids"] == request_ids(1, text)
     again = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "judge", dtype=torch.float32)
     assert (tmp_path / "judge" / "model.safetensors").stat().st_size < 12e6
     assert again.generation_config.eos_token_id == token_ids()["<|im_end|>"]
