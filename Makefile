@@ -12,7 +12,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export WANDB_ERROR_REPORTING := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-judge serve-judge train-image-grpo train-video-grpo testbed-models train-judge evaluate check test clean
+.PHONY: help setup setup-judge serve-judge train-image-grpo train-video-grpo testbed-models train-judge train-video-judge evaluate check test chaos clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -64,6 +64,10 @@ train-judge: setup setup-judge  ## train the testbed's tiny judge from nothing (
 	$(PY) -m testbed.refine_judge
 	$(PY) -m testbed.measure_judge --card
 
+train-video-judge: setup  ## the same for the tiny judge of clips, which is only pre-trained (hours; resumable)
+	$(PY) -m testbed.train_video_judge
+	$(PY) -m testbed.measure_video_judge --card
+
 check: setup  ## ruff and pyright
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -71,6 +75,9 @@ check: setup  ## ruff and pyright
 
 test: setup setup-judge  ## every test, on the CPU
 	$(PY) -m pytest tests
+
+chaos: setup  ## the chaos test in full: STEPS=200 SEED=0, tens of minutes
+	CHAOS_STEPS=$(or $(STEPS),200) CHAOS_SEED=$(or $(SEED),0) $(PY) -m pytest tests/integration/test_chaos.py
 
 clean:  ## remove the environments; runs stay
 	rm -rf $(VENV) $(JUDGE_VENV)

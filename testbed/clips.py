@@ -282,16 +282,20 @@ def render_clips(clips: Sequence[Clip]) -> np.ndarray:
 
 
 def _frame(clip: Clip, k: int) -> Scene:
-    """One frame as a scene, in the units of the renderer's 64-pixel canvas."""
-    unit = CANVAS / SIDE
     told = clip.description
+    return frame(told.background, told.things, [path[k] for path in clip.paths])
+
+
+def frame(background: str, things: Sequence[Kind], places: Sequence[tuple[float, float]]) -> Scene:
+    """Things at their places as a scene, in the units of the renderer's 64-pixel canvas."""
+    unit = CANVAS / SIDE
     objects = tuple(
-        Obj(shape=shape, colour=colour, size=RADIUS * unit, x=path[k][0] * unit, y=path[k][1] * unit)
-        for (colour, shape), path in zip(told.things, clip.paths, strict=True)
+        Obj(shape=shape, colour=colour, size=RADIUS * unit, x=x * unit, y=y * unit)
+        for (colour, shape), (x, y) in zip(things, places, strict=True)
     )
-    things = tuple(world.Thing(colour=colour, shape=shape) for colour, shape in told.things)
-    still = world.Description(things=things, background=told.background)
-    return Scene(objects=objects, background=told.background, description=still)
+    named = tuple(world.Thing(colour=colour, shape=shape) for colour, shape in things)
+    still = world.Description(things=named, background=background)
+    return Scene(objects=objects, background=background, description=still)
 
 
 # ---------------------------------------------------------------- prompts

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from scipy import ndimage
@@ -19,6 +19,7 @@ from scipy import ndimage
 from testbed import oracle
 from testbed import scenes as world
 from testbed.judge_trace import Judged, winner_of
+from testbed.oracle_judge import Score
 from testbed.render import render
 from testbed.scenes import Description, Obj, Thing
 
@@ -26,39 +27,62 @@ SIBLINGS = 4
 CHUNK = 250  # prompts in one file of a bank
 SIDE = world.CANVAS
 Draw = Callable[[np.random.Generator, Sequence[str]], np.ndarray]
-"""Texts [n] to images uint8 [n, 64, 64, 3]."""
+"""Texts [n] to images uint8 [n, 64, 64, 3], or to clips uint8 [n, 8, 48, 48, 3]."""
+
+
+class Scored(Protocol):
+    """What an oracle finds in one candidate for one prompt."""
+
+    @property
+    def score(self) -> Score: ...
+
+
+J = TypeVar("J", bound=Scored)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair:
-    """Two pictures uint8 [64, 64, 3] in the order shown, and what the oracle finds; one of them is better."""
+class Pair(Generic[J]):
+    """Two pictures uint8 [64, 64, 3], or clips, in the order shown, and what the oracle finds; one of them is better."""
 
     text: str
     reference: Mapping[str, Any]
     images: tuple[np.ndarray, np.ndarray]
-    judged: tuple[Judged, Judged]
+    judged: tuple[J, J]
 
-    def swapped(self) -> Pair:
+    def swapped(self) -> Pair[J]:
         return replace(self, images=self.images[::-1], judged=self.judged[::-1])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bank:
-    """Pictures for P prompts, uint8 [P, SIBLINGS, 64, 64, 3]; the oracle reads one when it is first asked for."""
+class MediaBank(Generic[J]):
+    """Pictures or clips for P prompts, uint8 [P, SIBLINGS, …]; the oracle reads one when it is first asked for."""
 
     texts: Sequence[str]
     images: np.ndarray
-    _judged: dict[tuple[int, int], Judged] = field(default_factory=dict, repr=False)
+    _judged: dict[tuple[int, int], J] = field(default_factory=dict, repr=False)
+
+    def reference(self, prompt: int) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def judge(self, image: np.ndarray, reference: Mapping[str, Any]) -> J:
+        raise NotImplementedError
+
+    def judged(self, prompt: int, sibling: int) -> J:
+        """The oracle's findings about a candidate and its own prompt."""
+        key = (prompt, sibling)
+        if key not in self._judged:
+            self._judged[key] = self.judge(self.images[key], self.reference(prompt))
+        return self._judged[key]
+
+
+class Bank(MediaBank[Judged]):
+    """Pictures: uint8 [P, SIBLINGS, 64, 64, 3]."""
 
     def reference(self, prompt: int) -> dict[str, Any]:
         return world.reference(world.parse(self.texts[prompt]))
 
-    def judged(self, prompt: int, sibling: int) -> Judged:
-        """The oracle's findings about a picture and its own prompt."""
-        key = (prompt, sibling)
-        if key not in self._judged:
-            self._judged[key] = judge(self.images[key], self.reference(prompt))
-        return self._judged[key]
+    def judge(self, image: np.ndarray, reference: Mapping[str, Any]) -> Judged:
+        return judge(image, reference)
 
 
 def judge(image: np.ndarray, reference: Mapping[str, Any]) -> Judged:
@@ -69,7 +93,12 @@ def judge(image: np.ndarray, reference: Mapping[str, Any]) -> Judged:
 
 
 def load_bank(folder: Path, texts: Sequence[str], draw: Draw, seed: int) -> Bank:
-    """The bank kept in `folder`; what is missing is drawn, chunk by chunk, and kept."""
+    """The bank of pictures kept in `folder`; what is missing is drawn and kept."""
+    return Bank(texts=texts, images=load_images(folder, texts, draw, seed))
+
+
+def load_images(folder: Path, texts: Sequence[str], draw: Draw, seed: int) -> np.ndarray:
+    """What a bank shows, [P, SIBLINGS, …]; what `folder` does not hold is drawn, chunk by chunk, and kept there."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for start in range(0, len(texts), CHUNK):
@@ -80,13 +109,13 @@ def load_bank(folder: Path, texts: Sequence[str], draw: Draw, seed: int) -> Bank
             if kept["texts"].tolist() != list(texts[start : start + CHUNK]):
                 raise ValueError(f"{path} holds other prompts; remove {folder} to draw anew")
             parts.append(kept["images"])
-    return Bank(texts=texts, images=np.concatenate(parts))
+    return np.concatenate(parts)
 
 
 def _draw_chunk(path: Path, texts: Sequence[str], draw: Draw, rng: np.random.Generator) -> None:
     images = draw(rng, [text for text in texts for _ in range(SIBLINGS)])
     scratch = path.with_name("part.tmp.npz")
-    np.savez_compressed(scratch, texts=np.array(texts), images=images.reshape(len(texts), SIBLINGS, SIDE, SIDE, 3))
+    np.savez_compressed(scratch, texts=np.array(texts), images=images.reshape(len(texts), SIBLINGS, *images.shape[1:]))
     scratch.replace(path)
     print(f"{path.parent.name}: drew {path.name}", flush=True)
 
@@ -161,22 +190,22 @@ def _nudged(rng: np.random.Generator, obj: Obj) -> Obj:
 
 
 def _blur(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    return _bytes(ndimage.gaussian_filter(image.astype(np.float32), (*[rng.uniform(0.4, 2.0)] * 2, 0)))
+    return to_bytes(ndimage.gaussian_filter(image.astype(np.float32), (*[rng.uniform(0.4, 2.0)] * 2, 0)))
 
 
 def _noise(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    return _bytes(image + rng.normal(0, rng.uniform(2, 35), image.shape))
+    return to_bytes(image + rng.normal(0, rng.uniform(2, 35), image.shape))
 
 
 def _ghost(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     """Another scene shines through."""
     other = render(world.sample_scene(rng, world.sample_description(rng)))
     share = rng.uniform(0.15, 0.5)
-    return _bytes((1 - share) * image + share * other)
+    return to_bytes((1 - share) * image + share * other)
 
 
 def _tint(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    return _bytes(image * rng.uniform(0.8, 1.15, 3) + rng.normal(0, 12, 3))
+    return to_bytes(image * rng.uniform(0.8, 1.15, 3) + rng.normal(0, 12, 3))
 
 
 def _warp(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
@@ -188,7 +217,7 @@ def _warp(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     channels = [
         ndimage.map_coordinates(image[..., c].astype(np.float32), where, order=1, mode="nearest") for c in range(3)
     ]
-    return _bytes(np.stack(channels, -1))
+    return to_bytes(np.stack(channels, -1))
 
 
 def _hole(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
@@ -203,7 +232,7 @@ def _hole(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
 _FAULTS = (_blur, _noise, _ghost, _tint, _warp, _hole)
 
 
-def _bytes(image: np.ndarray) -> np.ndarray:
+def to_bytes(image: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
@@ -265,7 +294,7 @@ class Material:
         prompt, sibling = int(rng.integers(len(bank.texts))), int(rng.integers(SIBLINGS))
         return bank.texts[prompt], bank.reference(prompt), bank.images[prompt, sibling], bank.judged(prompt, sibling)
 
-    def pair(self, rng: np.random.Generator) -> Pair:
+    def pair(self, rng: np.random.Generator) -> Pair[Judged]:
         """A pair with a better picture, in random order."""
         while True:
             kind = tuple(SHARES)[int(rng.choice(len(SHARES), p=tuple(SHARES.values())))]
@@ -279,29 +308,30 @@ class Material:
                 return made
 
 
-def siblings(bank: Bank, prompt: int, one: int, two: int) -> Pair | None:
-    """Two pictures of one prompt, in this order; None where neither is better."""
+def siblings(bank: MediaBank[J], prompt: int, one: int, two: int) -> Pair[J] | None:
+    """Two candidates for one prompt, in this order; None where neither is better."""
     images = (bank.images[prompt, one], bank.images[prompt, two])
     judged = (bank.judged(prompt, one), bank.judged(prompt, two))
-    return _pair(bank.texts[prompt], bank.reference(prompt), images, judged)
+    return pair_of(bank.texts[prompt], bank.reference(prompt), images, judged)
 
 
-def strangers(rng: np.random.Generator, bank: Bank) -> Pair | None:
+def strangers(rng: np.random.Generator, bank: Bank) -> Pair[Judged] | None:
     """Two pictures of any prompts, for a prompt near to what the first or the second shows."""
     keys = [(int(rng.integers(len(bank.texts))), int(rng.integers(SIBLINGS))) for _ in range(2)]
     near = bank.judged(*keys[int(rng.integers(2))]).reading
     told = _fair(rng, lambda: misdrawn(rng, _told(rng, near), int(rng.integers(3))))
     reference = world.reference(told)
     images = (bank.images[keys[0]], bank.images[keys[1]])
-    return _pair(_spoken(rng, told), reference, images, (judge(images[0], reference), judge(images[1], reference)))
+    return pair_of(_spoken(rng, told), reference, images, (judge(images[0], reference), judge(images[1], reference)))
 
 
-def _pair(
+def pair_of(
     text: str,
     reference: Mapping[str, Any],
     images: tuple[np.ndarray, np.ndarray],
-    judged: tuple[Judged, Judged],
-) -> Pair | None:
+    judged: tuple[J, J],
+) -> Pair[J] | None:
+    """A pair, or None where neither is better."""
     if winner_of(judged[0].score, judged[1].score) is None:
         return None
     return Pair(text=text, reference=reference, images=images, judged=judged)

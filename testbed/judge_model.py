@@ -1,7 +1,7 @@
-"""The tiny judge: a Qwen3-VL of some three million parameters with a tokenizer of its own, as a stock model folder.
+"""The tiny judges: a Qwen3-VL of some three million parameters with a tokenizer of its own, as a stock model folder.
 
-The classes are transformers' own, so vLLM serves the folder like any Qwen3-VL. What is ours is a faster way
-through the same weights for training (`reply_logits`): all pictures have one size and all requests one layout, so
+There is one for pictures and one for clips; what tells them apart is a `Form`. The classes are transformers' own, so vLLM serves the folder like any Qwen3-VL. What is ours is a faster way
+through the same weights for training (`reply_logits`): all pictures of a judge have one size and all requests one layout, so
 positions are tables and the pictures' attention is one batch. A test holds it against the stock forward.
 """
 
@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,8 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from testbed.judge_trace import COMPARE, DESCRIBE, POINT_WORDING, SCORE, WORDING, vocabulary
-from testbed.scenes import CANVAS
+from reward_server.families.flex import Flex
+from testbed import clips, judge_trace, scenes, video_judge_trace
 
 SPECIAL = (
     "<|endoftext|>",
@@ -36,9 +38,6 @@ SPECIAL = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-PATCH, MERGE = 8, 2
-GRID = CANVAS // PATCH
-CELLS = GRID // MERGE  # a side of the picture in the language model's tokens
 MAX_LENGTH = 4096
 IGNORED = -100
 
@@ -59,17 +58,81 @@ CHAT_TEMPLATE = """\
 """
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Form:
+    """What tells one tiny judge from another: its language, and how its pictures are cut.
+
+    `side` is a picture's width and height and `patch` that of its patches, both in pixels; `merge` x `merge` patches are
+    one token of the language model. `pictures` is how many show one candidate, `max_tokens` how long a reply may be.
+    `wordings` are the files with the families' wordings that are saved beside the weights.
+    """
+
+    pieces: Sequence[str]
+    side: int
+    patch: int
+    merge: int
+    pictures: int
+    max_tokens: int
+    describe: str
+    compare: str
+    score: str
+    wordings: Mapping[str, str]
+
+    @property
+    def grid(self) -> int:
+        """A picture's side in patches."""
+        return self.side // self.patch
+
+    @property
+    def cells(self) -> int:
+        """A picture's side in the language model's tokens."""
+        return self.grid // self.merge
+
+    @property
+    def grid_thw(self) -> list[int]:
+        """A picture's grid as the processor gives it."""
+        return [1, self.grid, self.grid]
+
+
+PICTURES = Form(
+    pieces=judge_trace.vocabulary(),
+    side=scenes.CANVAS,
+    patch=8,
+    merge=2,
+    pictures=1,
+    max_tokens=64,
+    describe=judge_trace.DESCRIBE,
+    compare=judge_trace.COMPARE,
+    score=judge_trace.SCORE,
+    wordings={"prompt.txt": judge_trace.WORDING, "prompt_point.txt": judge_trace.POINT_WORDING},
+)
+"""The judge of pictures: 64 x 64 pixels, 16 tokens."""
+CLIPS = Form(
+    pieces=video_judge_trace.vocabulary(),
+    side=clips.SIDE,
+    patch=12,
+    merge=2,
+    pictures=Flex(medium="video").frames,
+    max_tokens=128,
+    describe=video_judge_trace.DESCRIBE,
+    compare=video_judge_trace.COMPARE,
+    score="",
+    wordings={"prompt.txt": video_judge_trace.WORDING},
+)
+"""The judge of clips: 8 frames of 48 x 48 pixels, 4 tokens each."""
+
+
 # ---------------------------------------------------------------- words
 
 
-@lru_cache(maxsize=1)
-def new_tokenizer() -> PreTrainedTokenizerFast:
-    """Each piece of `judge_trace.vocabulary` is one token; any other text falls into bytes.
+@lru_cache
+def new_tokenizer(form: Form = PICTURES) -> PreTrainedTokenizerFast:
+    """Each of the form's pieces is one token; any other text falls into bytes.
 
     A unigram model takes the cheapest way to cut a text, and here that is the one with the fewest pieces.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    scores = dict.fromkeys(alphabet, -10.0) | {_byte_level(piece): -1.0 for piece in vocabulary()}
+    scores = dict.fromkeys(alphabet, -10.0) | {_byte_level(piece): -1.0 for piece in form.pieces}
     raw = Tokenizer(models.Unigram([*scores.items()], unk_id=0, byte_fallback=False))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     raw.decoder = decoders.ByteLevel()
@@ -89,48 +152,48 @@ def _byte_level(text: str) -> str:
     return "".join(part for part, _ in splitter.pre_tokenize_str(text))
 
 
-@lru_cache(maxsize=1)
-def token_ids() -> dict[str, int]:
+@lru_cache
+def token_ids(form: Form = PICTURES) -> dict[str, int]:
     """Piece or special token -> id."""
-    words = new_tokenizer()
+    words = new_tokenizer(form)
     ids = {token: int(words.convert_tokens_to_ids(token)) for token in SPECIAL}
-    return ids | {piece: int(words.convert_tokens_to_ids(_byte_level(piece))) for piece in vocabulary()}
+    return ids | {piece: int(words.convert_tokens_to_ids(_byte_level(piece))) for piece in form.pieces}
 
 
-def request_ids(pictures: int, text: str = "") -> list[int]:
+def request_ids(candidates: int, text: str = "", form: Form = PICTURES) -> list[int]:
     """Ids of a request as the chat template and the processor make them.
 
     Args:
-        pictures: 1 (describe, or score for the prompt `text`) or 2 (compare for it).
+        candidates: 1 (describe, or score for the prompt `text`) or 2 (compare for it).
     """
-    ids = token_ids()
-    shown = [ids["<|vision_start|>"], *[ids["<|image_pad|>"]] * CELLS**2, ids["<|vision_end|>"]]
-    asked = f"{COMPARE if pictures == 2 else SCORE} {text}" if text else DESCRIBE
-    words = new_tokenizer().encode(asked, add_special_tokens=False)
+    ids = token_ids(form)
+    shown = [ids["<|vision_start|>"], *[ids["<|image_pad|>"]] * form.cells**2, ids["<|vision_end|>"]]
+    asked = f"{form.compare if candidates == 2 else form.score} {text}" if text else form.describe
+    words = new_tokenizer(form).encode(asked, add_special_tokens=False)
     ends = [ids["<|im_end|>"], ids["\n"], ids["<|im_start|>"], ids["assistant\n"]]
-    return [ids["<|im_start|>"], ids["user\n"], *shown * pictures, *words, *ends]
+    return [ids["<|im_start|>"], ids["user\n"], *shown * (candidates * form.pictures), *words, *ends]
 
 
-def reply_ids(pieces: Sequence[str]) -> list[int]:
+def reply_ids(pieces: Sequence[str], form: Form = PICTURES) -> list[int]:
     """Ids of a reply, with its end."""
-    ids = token_ids()
+    ids = token_ids(form)
     return [*(ids[piece] for piece in pieces), ids["<|im_end|>"]]
 
 
 # ---------------------------------------------------------------- the model
 
 
-def new_model(seed: int) -> Qwen3VLForConditionalGeneration:
+def new_model(seed: int, form: Form = PICTURES) -> Qwen3VLForConditionalGeneration:
     """The untrained model: text 192 wide in 4 layers, vision 128 wide in 3."""
     torch.manual_seed(seed)
-    model = Qwen3VLForConditionalGeneration(new_config())
-    model.generation_config.eos_token_id = token_ids()["<|im_end|>"]
-    model.generation_config.pad_token_id = token_ids()["<|endoftext|>"]
+    model = Qwen3VLForConditionalGeneration(new_config(form))
+    model.generation_config.eos_token_id = token_ids(form)["<|im_end|>"]
+    model.generation_config.pad_token_id = token_ids(form)["<|endoftext|>"]
     return model
 
 
-def new_config() -> Qwen3VLConfig:
-    ids, size = token_ids(), len(new_tokenizer())
+def new_config(form: Form = PICTURES) -> Qwen3VLConfig:
+    ids, size = token_ids(form), len(new_tokenizer(form))
     text = {
         "vocab_size": -(-size // 64) * 64, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
         "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": MAX_LENGTH,
@@ -138,8 +201,8 @@ def new_config() -> Qwen3VLConfig:
         "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"], "tie_word_embeddings": True,
     }  # fmt: skip
     vision = {
-        "depth": 3, "hidden_size": 128, "intermediate_size": 256, "num_heads": 4, "patch_size": PATCH,
-        "spatial_merge_size": MERGE, "out_hidden_size": 192, "num_position_embeddings": GRID**2,
+        "depth": 3, "hidden_size": 128, "intermediate_size": 256, "num_heads": 4, "patch_size": form.patch,
+        "spatial_merge_size": form.merge, "out_hidden_size": 192, "num_position_embeddings": form.grid**2,
         "deepstack_visual_indexes": [1],
     }  # fmt: skip
     return Qwen3VLConfig(
@@ -153,7 +216,7 @@ def new_config() -> Qwen3VLConfig:
     )
 
 
-def save(model: Qwen3VLForConditionalGeneration, folder: Path) -> None:
+def save(model: Qwen3VLForConditionalGeneration, folder: Path, form: Form = PICTURES) -> None:
     """Writes the model folder: weights in half precision, tokenizer, templates and processor settings.
 
     Replaces what it writes in `folder`, not other files there.
@@ -161,11 +224,11 @@ def save(model: Qwen3VLForConditionalGeneration, folder: Path) -> None:
     scratch = folder.with_name(folder.name + ".new")
     shutil.rmtree(scratch, ignore_errors=True)
     copy.deepcopy(model).to(torch.float16).save_pretrained(scratch)
-    new_tokenizer().save_pretrained(scratch)
+    new_tokenizer(form).save_pretrained(scratch)
     (scratch / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    (scratch / "prompt.txt").write_text(WORDING)
-    (scratch / "prompt_point.txt").write_text(POINT_WORDING)
-    for name, settings in processor_settings().items():
+    for name, wording in form.wordings.items():
+        (scratch / name).write_text(wording)
+    for name, settings in processor_settings(form).items():
         (scratch / name).write_text(json.dumps(settings, indent=1) + "\n")
     folder.mkdir(parents=True, exist_ok=True)
     for part in scratch.iterdir():
@@ -173,15 +236,15 @@ def save(model: Qwen3VLForConditionalGeneration, folder: Path) -> None:
     scratch.rmdir()
 
 
-def processor_settings() -> dict[str, dict[str, Any]]:
-    """File name -> settings of the picture and video processors; 64 x 64 pictures keep their size."""
+def processor_settings(form: Form = PICTURES) -> dict[str, dict[str, Any]]:
+    """File name -> settings of the picture and video processors; pictures of the form's side keep their size."""
     common: dict[str, Any] = {
-        "patch_size": PATCH,
+        "patch_size": form.patch,
         "temporal_patch_size": 2,
-        "merge_size": MERGE,
+        "merge_size": form.merge,
         "image_mean": [0.5] * 3,
         "image_std": [0.5] * 3,
-        "size": {"shortest_edge": CANVAS**2, "longest_edge": CANVAS**2},
+        "size": {"shortest_edge": form.side**2, "longest_edge": form.side**2},
         "processor_class": "Qwen3VLProcessor",
     }
     return {
@@ -193,32 +256,34 @@ def processor_settings() -> dict[str, dict[str, Any]]:
 # ---------------------------------------------------------------- the fast way through
 
 
-def patches(images: np.ndarray) -> torch.Tensor:
-    """uint8 [n, 64, 64, 3] to the processor's patches [n, 64, 384], 2 x 2 neighbours together.
+def patches(images: np.ndarray, form: Form = PICTURES) -> torch.Tensor:
+    """uint8 [n, side, side, 3] to the processor's patches [n, grid^2, 6 patch^2], `merge` x `merge` neighbours together.
 
     A picture counts as two equal frames, as Qwen3-VL's processor has it.
     """
-    n = len(images)
+    n, cells, merge, patch = len(images), form.cells, form.merge, form.patch
     # The processor multiplies by 1/255 in double precision and subtracts the mean in single.
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).double().mul(1 / 255).float().sub(0.5).div(0.5)
-    cut = pixels.reshape(n, 3, CELLS, MERGE, PATCH, CELLS, MERGE, PATCH).permute(0, 2, 5, 3, 6, 1, 4, 7)
-    return cut.unsqueeze(6).expand(*cut.shape[:6], 2, *cut.shape[6:]).reshape(n, GRID**2, -1)
+    cut = pixels.reshape(n, 3, cells, merge, patch, cells, merge, patch).permute(0, 2, 5, 3, 6, 1, 4, 7)
+    return cut.unsqueeze(6).expand(*cut.shape[:6], 2, *cut.shape[6:]).reshape(n, form.grid**2, -1)
 
 
-@lru_cache(maxsize=1)
-def _patch_places() -> torch.Tensor:
-    """Row and column [2, 64] of each patch in the processor's order."""
-    rows, cols = torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij")
-    both = torch.stack([rows, cols]).reshape(2, CELLS, MERGE, CELLS, MERGE)
+@lru_cache
+def _patch_places(grid: int, merge: int) -> torch.Tensor:
+    """Row and column [2, grid^2] of each patch in the processor's order."""
+    rows, cols = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    both = torch.stack([rows, cols]).reshape(2, grid // merge, merge, grid // merge, merge)
     return both.permute(0, 1, 3, 2, 4).reshape(2, -1)
 
 
 def picture_features(model: Qwen3VLForConditionalGeneration, pixels: torch.Tensor) -> list[torch.Tensor]:
-    """Patches [n, 64, 384] to features [n, 16, 192]: the final ones, then each of deepstack's."""
-    visual, places = model.model.visual, _patch_places()
+    """Patches [n, grid^2, 6 patch^2] to features [n, cells^2, 192]: the final ones, then each of deepstack's."""
+    visual = model.model.visual
+    grid, merge = visual.num_grid_per_side, visual.spatial_merge_size
+    places, cells = _patch_places(grid, merge), grid // merge
     weight = visual.patch_embed.proj.weight
     hidden = nn.functional.linear(pixels, weight.flatten(1), visual.patch_embed.proj.bias)
-    hidden = hidden + visual.pos_embed(places[0] * GRID + places[1])
+    hidden = hidden + visual.pos_embed(places[0] * grid + places[1])
     cos, sin = visual.rotary_pos_emb(hidden, places.T)
     layers: list[torch.Tensor] = []
     for i, block in enumerate(visual.blocks):
@@ -226,8 +291,8 @@ def picture_features(model: Qwen3VLForConditionalGeneration, pixels: torch.Tenso
         hidden = hidden + block.mlp(block.norm2(hidden))
         if i in visual.deepstack_visual_indexes:
             merger = visual.deepstack_merger_list[visual.deepstack_visual_indexes.index(i)]
-            layers.append(merger(hidden).view(len(pixels), CELLS**2, -1))
-    return [visual.merger(hidden).view(len(pixels), CELLS**2, -1), *layers]
+            layers.append(merger(hidden).view(len(pixels), cells**2, -1))
+    return [visual.merger(hidden).view(len(pixels), cells**2, -1), *layers]
 
 
 def _attend(attention: nn.Module, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -243,14 +308,14 @@ def _turned(x: torch.Tensor) -> torch.Tensor:
     return torch.cat((-second, first), -1)
 
 
-def positions(pictures: int, length: int) -> torch.Tensor:
-    """M-RoPE positions [3, 1, length] of a request with so many pictures and its reply."""
+def positions(pictures: int, cells: int, length: int) -> torch.Tensor:
+    """M-RoPE positions [3, 1, length] of a request with so many pictures of cells x cells tokens, and its reply."""
     place, parts = 2, [torch.arange(2).expand(3, 2)]
-    cells = torch.stack(torch.meshgrid(torch.arange(1), torch.arange(CELLS), torch.arange(CELLS), indexing="ij"))
+    within = torch.stack(torch.meshgrid(torch.arange(1), torch.arange(cells), torch.arange(cells), indexing="ij"))
     for _ in range(pictures):
-        parts += [torch.full((3, 1), place), cells.reshape(3, -1) + place + 1]
-        parts += [torch.full((3, 1), place + 1 + CELLS)]
-        place += CELLS + 2
+        parts += [torch.full((3, 1), place), within.reshape(3, -1) + place + 1]
+        parts += [torch.full((3, 1), place + 1 + cells)]
+        place += cells + 2
     rest = length - sum(part.shape[1] for part in parts)
     return torch.cat([*parts, torch.arange(place, place + rest).expand(3, rest)], 1)[:, None]
 
@@ -265,19 +330,20 @@ def reply_logits(
     """Logits [m, vocabulary] at the wanted places of right-padded sequences.
 
     Args:
-        pixels: Patches [b * pictures, 64, 384], in the order in which the sequences show them.
+        pixels: Patches [b * pictures, grid^2, 6 patch^2], in the order in which the sequences show them.
         ids: [b, length]; all show equally many pictures, at the same places.
         wanted: bool [b, length], m of them true.
         features_of: `picture_features`, or the same compiled.
     """
     features = features_of(model, pixels)
+    places = positions(len(pixels) // len(ids), math.isqrt(features[0].shape[1]), ids.shape[1])
     seen = ids == model.config.image_token_id
     embedded = model.get_input_embeddings()(ids)
     embedded = embedded.masked_scatter(seen[..., None], features[0].to(embedded.dtype))
     hidden = model.model.language_model(
         inputs_embeds=embedded,
         # Padding stands on the right, so causality alone hides it.
-        position_ids=positions(len(pixels) // len(ids), ids.shape[1]).expand(3, len(ids), -1),
+        position_ids=places.expand(3, len(ids), -1),
         visual_pos_masks=seen,
         deepstack_visual_embeds=[feature.flatten(0, 1) for feature in features[1:]],
         use_cache=False,

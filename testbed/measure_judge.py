@@ -1,54 +1,79 @@
 """Measures the tiny judge against the oracle: held-out prompts, the tiny FLUX's own samples, both orders.
 
-`python -m testbed.measure_judge` prints the numbers of `testbed/tiny_judge`, decoded greedily by transformers. With
-`--card` it also writes the model card.
+`python -m testbed.measure_judge` prints the numbers of `testbed/tiny_judge`, served by vLLM. With `--card` it also writes
+the model card.
 """
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# transformers annotates configurations by their defaults and results by their tuple form.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
+import math
+import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import numpy as np
-import torch
-from transformers import Qwen3VLForConditionalGeneration
+from PIL import Image
+from safetensors import safe_open
 
-from reward_server.families.base import Reply
-from reward_server.families.flex import ANCHORS, parse
-from testbed.judge_data import SIBLINGS, Bank, Draw, Pair, draw_renders, heldout_texts, load_bank, siblings
-from testbed.judge_model import CELLS, GRID, MERGE, new_tokenizer, patches, request_ids
+from reward_server.ask import data_url
+from reward_server.asking import Asker, Endpoint, for_each
+from reward_server.families.base import FIRST, SECOND, TIE, ChatFamily, Reply
+from reward_server.families.flex import ANCHORS, Flex
+from reward_server.families.unified import Unified2Point
+from reward_server.serve import VllmJudge
+from testbed.judge_data import (
+    SIBLINGS,
+    Draw,
+    J,
+    MediaBank,
+    Pair,
+    draw_renders,
+    heldout_texts,
+    load_bank,
+    siblings,
+)
 from testbed.judge_preferences import CLEAR
-from testbed.judge_trace import winner_of
-from testbed.train_judge import OUTPUT, STAGES, JudgeConfig, flux_draw
+from testbed.judge_trace import Judged, winner_of
+from testbed.oracle_judge import Score
+from testbed.train_judge import OUTPUT, STAGES, JudgeConfig, Stage, flux_draw
 from testbed.training import BUILD, seconds_spent
 
 SEED = 91
-MAX_TOKENS = 64
+POINT_WEIGHTS = {"alignment": 1.0, "coherence": 0.5, "style": 0.1}
+"""Of the scores of a single picture, as in `experiments/shapes_image_pointwise.py`."""
+_AXES = {"alignment": "alignment", "quality": "coherence", "aesthetics": "style"}
 _VALUES = {"alignment": "alignment", "quality": "quality", "aesthetics": "composition"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class Answer(Generic[J]):
     """The judge's replies to a pair as it stands and swapped, and how long the former is."""
 
-    pair: Pair
+    pair: Pair[J]
     reply: Reply
     swapped: Reply
     tokens: int
 
 
-def heldout_pairs(kind: str, draw: Draw, build: Path = BUILD) -> list[Pair]:
-    """All pairs of siblings on held-out prompts in random order, without those in which neither is better."""
-    bank: Bank = load_bank(build / f"judge_heldout_{kind}", heldout_texts(), draw, SEED)
+Question = tuple[str, Sequence[np.ndarray]]
+"""A prompt, and the candidates: pictures uint8 [H, W, 3], or clips uint8 [F, H, W, 3]."""
+
+
+def heldout_pairs(kind: str, draw: Draw, build: Path = BUILD) -> list[Pair[Judged]]:
+    """All pairs of siblings on held-out prompts."""
+    return all_pairs(load_bank(build / f"judge_heldout_{kind}", heldout_texts(), draw, SEED))
+
+
+def all_pairs(bank: MediaBank[J]) -> list[Pair[J]]:
+    """All pairs of siblings in random order, without those in which neither is better."""
     rng = np.random.default_rng(SEED)
     pairs = []
     for prompt in range(len(bank.texts)):
@@ -59,55 +84,64 @@ def heldout_pairs(kind: str, draw: Draw, build: Path = BUILD) -> list[Pair]:
     return pairs
 
 
-@torch.no_grad()
-def decode(
-    model: Qwen3VLForConditionalGeneration, requests: Sequence[list[int]], images: np.ndarray, batch: int = 64
-) -> list[list[int]]:
-    """Greedy replies, with their end, to requests that show `images` uint8 [requests * k, 64, 64, 3], k each."""
-    alike: dict[int, list[int]] = defaultdict(list)
-    for i, request in enumerate(requests):
-        alike[len(request)].append(i)  # equal lengths need no padding
-    shown = images.reshape(len(requests), -1, *images.shape[1:])
-    replies: list[list[int]] = [[] for _ in requests]
-    for rows in alike.values():
-        for start in range(0, len(rows), batch):
-            some = rows[start : start + batch]
-            made = _generate(model, torch.tensor([requests[i] for i in some]), shown[some])
-            for i, reply in zip(some, made, strict=True):
-                replies[i] = reply
-    return replies
+def answers(endpoint: Endpoint, family: ChatFamily, questions: Sequence[Question]) -> list[tuple[Reply, int]]:
+    """The reply to each question, and how many tokens it took."""
+    return asyncio.run(_answers(endpoint, family, questions))
 
 
-def _generate(model: Qwen3VLForConditionalGeneration, ids: torch.Tensor, shown: np.ndarray) -> list[list[int]]:
-    pixels = patches(shown.reshape(-1, *shown.shape[2:]))
-    end = model.generation_config.eos_token_id
-    made = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        mm_token_type_ids=(ids == model.config.image_token_id).int(),
-        pixel_values=pixels.flatten(0, 1),
-        image_grid_thw=torch.tensor([[1, CELLS * MERGE, GRID]] * len(pixels)),
-        max_new_tokens=MAX_TOKENS,
-        do_sample=False,
-    )[:, ids.shape[1] :]
-    return [row[: row.index(end) + 1] if end in row else row for row in made.tolist()]
+async def _answers(endpoint: Endpoint, family: ChatFamily, questions: Sequence[Question]) -> list[tuple[Reply, int]]:
+    found: dict[int, tuple[Reply, int]] = {}
+    async with Asker(endpoint) as judge:
+
+        async def ask_one(i: int) -> None:
+            prompt, shown = questions[i]
+            answer = await judge.ask(family, prompt, [_urls(candidate) for candidate in shown])
+            found[i] = (answer.reply, answer.tokens)
+
+        await for_each(range(len(questions)), ask_one, endpoint.concurrency)
+    return [found[i] for i in range(len(questions))]
 
 
-def ask(model: Qwen3VLForConditionalGeneration, pairs: Sequence[Pair]) -> list[Answer]:
+def _urls(candidate: np.ndarray) -> list[str]:
+    frames = candidate if candidate.ndim == 4 else candidate[None]
+    return [data_url(Image.fromarray(frame)) for frame in frames]
+
+
+def ask(endpoint: Endpoint, family: ChatFamily, pairs: Sequence[Pair[J]]) -> list[Answer[J]]:
     """Asks about every pair in both orders."""
     both = [*pairs, *(pair.swapped() for pair in pairs)]
-    images = np.stack([image for pair in both for image in pair.images])
-    replies = decode(model, [request_ids(2, pair.text) for pair in both], images)
-    texts = new_tokenizer().batch_decode(replies, skip_special_tokens=True)
-    read = [parse(text) for text in texts]
-    half = len(pairs)
+    read = answers(endpoint, family, [(pair.text, pair.images) for pair in both])
     return [
-        Answer(pair=pair, reply=one, swapped=two, tokens=len(ids))
-        for pair, one, two, ids in zip(pairs, read[:half], read[half:], replies[:half], strict=True)
+        Answer(pair=pair, reply=one, swapped=two, tokens=tokens)
+        for pair, (one, tokens), (two, _) in zip(pairs, read[: len(pairs)], read[len(pairs) :], strict=True)
     ]
 
 
-def summary(answers: Sequence[Answer]) -> dict[str, Any]:
+def score(endpoint: Endpoint, family: ChatFamily, pairs: Sequence[Pair[J]]) -> list[Answer[J]]:
+    """Asks for scores of every picture by itself; the higher weighted sum of a pair wins, in either order."""
+    shown = {(pair.text, image.tobytes()): image for pair in pairs for image in pair.images}
+    read = answers(endpoint, family, [(text, [image]) for (text, _), image in shown.items()])
+    found = dict(zip(shown, read, strict=True))
+    made = []
+    for pair in pairs:
+        (one, spent), (two, more) = (found[pair.text, image.tobytes()] for image in pair.images)
+        made.append(Answer(pair=pair, reply=_won(one, two), swapped=_won(two, one), tokens=spent + more))
+    return made
+
+
+def _won(one: Reply, two: Reply) -> Reply:
+    if one.status != "ok" or two.status != "ok":
+        return one if one.status != "ok" else two
+    first, second = (sum(w * reply.scores[name][0] for name, w in POINT_WEIGHTS.items()) for reply in (one, two))
+    axes = {anchor: _higher(one.scores[axis][0], two.scores[axis][0]) for anchor, axis in _AXES.items()}
+    return Reply(status="ok", winner=_higher(first, second), dimensions=axes)
+
+
+def _higher(one: float, two: float) -> float:
+    return TIE if one == two else FIRST if one > two else SECOND
+
+
+def summary(answers: Sequence[Answer[Any]]) -> dict[str, Any]:
     """Shares of right verdicts (an unparsed reply is a wrong one), of parsed replies, of agreement in both orders."""
     right = [a.reply.winner == winner_of(*_scores(a.pair)) for a in answers]
     clear = [abs(one.alignment - two.alignment) >= CLEAR for one, two in (_scores(a.pair) for a in answers)]
@@ -126,7 +160,7 @@ def summary(answers: Sequence[Answer]) -> dict[str, Any]:
     }
 
 
-def _scores(pair: Pair):
+def _scores(pair: Pair[Any]) -> tuple[Score, Score]:
     return pair.judged[0].score, pair.judged[1].score
 
 
@@ -135,13 +169,13 @@ def _mean(values: Iterable[float]) -> float:
     return float(np.mean(listed)) if listed else float("nan")
 
 
-def _agree(answer: Answer) -> bool:
+def _agree(answer: Answer[Any]) -> bool:
     """Whether both orders name the same picture."""
     one, two = answer.reply.winner, answer.swapped.winner
     return one is not None and two is not None and one + two == 1
 
 
-def _category_accuracy(answers: Sequence[Answer], anchor: str) -> float:
+def _category_accuracy(answers: Sequence[Answer[Any]], anchor: str) -> float:
     """Where the two pictures differ in what the category is about."""
     name = _VALUES[anchor]
     right = []
@@ -154,16 +188,47 @@ def _category_accuracy(answers: Sequence[Answer], anchor: str) -> float:
 
 def measure(folder: Path = OUTPUT) -> dict[str, Any]:
     """The numbers of a saved judge on the generator's held-out samples and on renders."""
-    model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    found: dict[str, Any] = {}
-    for kind, draw in (("samples", flux_draw()), ("renders", draw_renders)):
-        pairs, start = heldout_pairs(kind, draw), time.time()
-        found[kind] = summary(ask(model, pairs))
-        print(f"{kind}: {time.time() - start:.0f} s", flush=True)
-    found["parameters"] = sum(p.numel() for p in model.parameters())
-    found["weight_bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    found["seconds"] = seconds_spent(*(JudgeConfig().build / f"{stage.name}.pt" for stage in STAGES))
+    draws = {"samples": flux_draw(), "renders": draw_renders}
+    pairs = {kind: heldout_pairs(kind, draw) for kind, draw in draws.items()}
+    found = facts(folder, STAGES)
+    with serving(folder) as endpoint:
+        found |= compared(endpoint, Flex(prompt_file=str(folder / "prompt.txt")), pairs)
+        point = Unified2Point(prompt_file=str(folder / "prompt_point.txt"))
+        found["scored"] = {kind: summary(score(endpoint, point, some)) for kind, some in pairs.items()}
     return found
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[Endpoint]:
+    """A saved judge behind vLLM, in float32: half precision is bfloat16 on a CPU, and such small weights feel it."""
+    server = VllmJudge(model=str(folder), max_model_len=1024, kv_cache_gb=1, extra=("--dtype", "float32"))
+    with tempfile.TemporaryDirectory() as logs, server.start(logs) as running:
+        yield Endpoint(url=running.endpoints[0], model=server.served_name, max_tokens=192, concurrency=32)
+
+
+def compared(endpoint: Endpoint, family: ChatFamily, pairs: Mapping[str, Sequence[Pair[Any]]]) -> dict[str, Any]:
+    """The figures of each kind of pairs."""
+    found = {}
+    for kind, some in pairs.items():
+        start = time.time()
+        found[kind] = summary(ask(endpoint, family, some))
+        print(f"{kind}: {2 * len(some) / (time.time() - start):.1f} verdicts a second", flush=True)
+    return found
+
+
+def facts(folder: Path, stages: Sequence[Stage]) -> dict[str, Any]:
+    """A saved judge's size, and how long its stages took."""
+    files = list(folder.glob("*.safetensors"))
+    return {
+        "parameters": sum(_parameters(path) for path in files),
+        "weight_bytes": sum(path.stat().st_size for path in files),
+        "seconds": seconds_spent(*(JudgeConfig().build / f"{stage.name}.pt" for stage in stages)),
+    }
+
+
+def _parameters(path: Path) -> int:
+    with safe_open(path, "np") as tensors:
+        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
 
 
 # ---------------------------------------------------------------- the card
@@ -171,16 +236,12 @@ def measure(folder: Path = OUTPUT) -> dict[str, Any]:
 
 def card(measured: Mapping[str, Any]) -> str:
     """The model card as Markdown, from measured numbers and the configurations that were used."""
-    config = JudgeConfig()
-    stages = [
-        f"| {s.name} | {s.seed} | {s.steps} | {s.batch} | {s.peak_lr} | {measured['seconds'].get(s.name, 0) / 60:.0f} |"
-        for s in STAGES
-    ]
     return _CARD.format(
-        config=config,
-        stages="\n".join(stages),
-        rows="\n".join(_row(kind, measured[kind]) for kind in ("samples", "renders")),
-        categories="\n".join(_category_row(kind, measured[kind]) for kind in ("samples", "renders")),
+        config=JudgeConfig(),
+        stages=stage_rows(STAGES, measured["seconds"]),
+        rows="\n".join(row(kind, measured[kind]) for kind in ("samples", "renders")),
+        categories="\n".join(category_row(kind, measured[kind]) for kind in ("samples", "renders")),
+        scored="\n".join(row(kind, measured["scored"][kind]) for kind in ("samples", "renders")),
         parameters=f"{measured['parameters']:,}",
         megabytes=measured["weight_bytes"] / 1e6,
         siblings=SIBLINGS,
@@ -190,13 +251,20 @@ def card(measured: Mapping[str, Any]) -> str:
     )
 
 
-def _row(kind: str, found: Mapping[str, Any]) -> str:
+def stage_rows(stages: Sequence[Stage], seconds: Mapping[str, float]) -> str:
+    return "\n".join(
+        f"| {s.name} | {s.seed} | {s.steps} | {s.batch} | {s.peak_lr} | {seconds.get(s.name, 0) / 60:.0f} |"
+        for s in stages
+    )
+
+
+def row(kind: str, found: Mapping[str, Any]) -> str:
     names = ("accuracy", "accuracy_clear", "accuracy_near", "parsed", "consistent", "first")
     cells = [str(found["pairs"]), str(found["clear_pairs"]), *(f"{found[name]:.3f}" for name in names)]
     return f"| {kind} | " + " | ".join(cells) + " |"
 
 
-def _category_row(kind: str, found: Mapping[str, Any]) -> str:
+def category_row(kind: str, found: Mapping[str, Any]) -> str:
     return f"| {kind} | " + " | ".join(f"{found['by_category'][anchor]:.3f}" for anchor in ANCHORS) + " |"
 
 
@@ -239,8 +307,8 @@ autocast, so a rebuild gives like, not identical, weights.
 
 ## Measured
 
-All pairs of {siblings} siblings on the 96 held-out prompts (seed {seed}), where one is better; greedy decoding by transformers in
-float32. `clear`: their alignment differs by {clear:g} or more. `consistent`: both orders name the same picture. `first`:
+All pairs of {siblings} siblings on the 96 held-out prompts (seed {seed}), where one is better; greedy decoding by vLLM in
+float32 on a CPU. `clear`: their alignment differs by {clear:g} or more. `consistent`: both orders name the same picture. `first`:
 share of replies in which the picture shown first wins. An unparsed reply counts as wrong.
 
 | pictures | pairs | clear pairs | accuracy | clear | not clear | parsed | consistent | first |
@@ -253,6 +321,13 @@ By category, where the two pictures differ in it:
 |---|---|---|---|
 {categories}
 
+By scores of single pictures (UnifiedReward 2.0's format, `prompt_point.txt`): the higher of the sums weighted 1, 0.5
+and 0.1 wins, and equal ones count as wrong.
+
+| pictures | pairs | clear pairs | accuracy | clear | not clear | parsed | consistent | first |
+|---|---|---|---|---|---|---|---|---|
+{scored}
+
 ## Licence
 
 Apache-2.0.
@@ -262,15 +337,17 @@ Apache-2.0.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=OUTPUT)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--card", action="store_true", help="also write README.md and measured.json")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     measured = measure(options.folder)
     print(json.dumps(measured, indent=1))
     if options.card:
-        (options.folder / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
-        (options.folder / "README.md").write_text(card(measured))
+        write_card(options.folder, measured, card(measured))
+
+
+def write_card(folder: Path, measured: Mapping[str, Any], text: str) -> None:
+    (folder / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
+    (folder / "README.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     import numpy as np
     from aiohttp import web
 
+    from testbed.video_oracle import ClipScore
+
 MODEL = "UnifiedReward"
 CACHED_SCORES = 20_000
 NEAR = 0.02  # smaller differences of one measure are none
@@ -60,8 +62,8 @@ class OracleJudge:
     garbage_rate: float = 0.0
     """Probability of a reply that is no verdict."""
     style: str = "flex"
-    """ "trace": two pictures are answered with the tiny judge's trace (`testbed.judge_trace`), as by its teacher; a pair
-    without a better picture is refused."""
+    """ "trace": two pictures or clips are answered with a tiny judge's trace (`testbed.judge_trace`, `video_judge_trace`),
+    as by its teacher; a pair without a better one is refused."""
     seed: int = 0
     port: int = 0
     """0: any free port."""
@@ -189,23 +191,16 @@ class Judging:
         if len(scores) == 1:
             return point_reply(scores[0], rng if rng.random() < self.settings.noise else None)
         if self.settings.style == "trace":
-            return self._trace(caption, urls, rng)
+            return self._trace(caption, candidates, rng)
         winners = self._winners(scores[0], scores[1], rng)
         return flex_reply(scores[0], scores[1], winners, "video" if len(urls) > 2 else "image")
 
-    def _trace(self, caption: str, urls: Sequence[str], rng: random.Random) -> str:
-        """The trace that the tiny judge learns; noise and bias change the overall winner only, against the evidence."""
-        from testbed import oracle, scenes
-        from testbed.judge_trace import Judged, overall_winners, trace
-
-        if len(urls) != 2:
-            raise ValueError(f"a trace is about two pictures, not {len(urls)}")
-        reference = scenes.reference(scenes.parse(caption))
-        one, two = (Judged(reading=oracle.read(p), score=oracle.score(p, reference)) for p in map(decode, urls))
-        pieces = trace(reference, one, two)
+    def _trace(self, caption: str, candidates: Sequence[Sequence[str]], rng: random.Random) -> str:
+        """The trace that a tiny judge learns; noise and bias change the overall winner only, against the evidence."""
+        pieces, deciding = (_clip_trace if " moving " in caption else _picture_trace)(caption, candidates)
         noisy, biased = rng.random() < self.settings.noise, rng.random() < self.settings.position_bias
         if noisy or biased:
-            pieces[-1] = overall_winners()[0 if biased else rng.randrange(2)]
+            pieces[-1] = deciding[0 if biased else rng.randrange(2)]
         return "".join(pieces)
 
     def _rng(self, body: Mapping[str, Any], urls: Sequence[str]) -> random.Random:
@@ -232,6 +227,30 @@ class Judging:
         return winners(one, two, tosses[3])
 
 
+def _picture_trace(caption: str, candidates: Sequence[Sequence[str]]) -> tuple[list[str], tuple[str, str]]:
+    """The pieces of a trace, and those that name the winner."""
+    from testbed import oracle, scenes
+    from testbed.judge_trace import Judged, overall_winners, trace
+
+    if len(candidates[0]) != 1:
+        raise ValueError(f"a trace is about two pictures, not {2 * len(candidates[0])}")
+    reference = scenes.reference(scenes.parse(caption))
+    images = (decode(url) for [url] in candidates)
+    one, two = (Judged(reading=oracle.read(i), score=oracle.score(i, reference)) for i in images)
+    return trace(reference, one, two), overall_winners()
+
+
+def _clip_trace(caption: str, candidates: Sequence[Sequence[str]]) -> tuple[list[str], tuple[str, str]]:
+    """The same about two clips."""
+    from testbed import clips, video_oracle
+    from testbed.video_judge_trace import judged, overall_winners, trace
+
+    reference = clips.reference(clips.parse(caption))
+    readings = (video_oracle.read_clip(_frames(urls), frame_times(len(urls))) for urls in candidates)
+    one, two = (judged(reading, reference) for reading in readings)
+    return trace(reference, one, two), overall_winners()
+
+
 def look(urls: Sequence[str], caption: str) -> Score:
     """What the oracle says of one candidate: of a clip, if the caption tells of moving things, else of its last frame.
 
@@ -246,12 +265,29 @@ def look(urls: Sequence[str], caption: str) -> Score:
 
 def _watch(urls: Sequence[str], reference: Mapping[str, Any]) -> Watched:
     """A clip of the testbed by its sampled frames, whose times follow from how the trainer samples them."""
+    from testbed import video_oracle
+
+    return watched(video_oracle.score(_frames(urls), reference, frame_times(len(urls))))
+
+
+def _frames(urls: Sequence[str]) -> np.ndarray:
+    """uint8 [F, H, W, 3]."""
     import numpy as np
 
-    from testbed import clips, video_oracle
+    return np.stack([decode(url) for url in urls])
 
-    times = np.linspace(0, clips.FRAMES - 1, len(urls)).round() / (clips.FRAMES - 1)
-    found = video_oracle.score(np.stack([decode(url) for url in urls]), reference, times.tolist())
+
+def frame_times(count: int) -> list[float]:
+    """When each of so many uniformly sampled frames of a clip is, from 0 to 1."""
+    import numpy as np
+
+    from testbed import clips
+
+    return (np.linspace(0, clips.FRAMES - 1, count).round() / (clips.FRAMES - 1)).tolist()
+
+
+def watched(found: ClipScore) -> Watched:
+    """What counts of a clip's score."""
     return Watched(
         attributes=found.attributes,
         alignment=found.alignment,

@@ -34,7 +34,7 @@ from testbed.train_judge import OUTPUT
 from testbed.training import BUILD
 
 PRETRAINED = BUILD / "judge_pretrained"
-SFT_PAIRS, DPO_PAIRS = 6000, 4000
+SFT_PAIRS, DPO_PAIRS = 6000, 1000
 SEEDS = {"sft": 81, "dpo": 82}
 """Of the two sets of preferences: stage 2 samples on instances that stage 1 has not seen."""
 FIGURES = ("accuracy", "accuracy_clear", "accuracy_near", "parsed", "consistent", "first")
@@ -50,7 +50,7 @@ def config(model: Path = PRETRAINED, folder: Path = BUILD / "refine") -> JudgeTr
         sft=Sft(traces=str(folder / "traces.jsonl"), lr=2e-4, batch=24, accumulation=1, checkpoint_every=50),
         pairs=Pairs(
             preferences=str(folder / "dpo_data" / "preferences.jsonl"),
-            endpoint=Endpoint(temperature=0.7, max_tokens=96, concurrency=16),
+            endpoint=Endpoint(temperature=0.7, max_tokens=96, concurrency=64),
         ),
         dpo=Dpo(lr=2e-5, batch=12, accumulation=2, beta=0.1, checkpoint_every=25),
         gradient_checkpointing=False,

@@ -10,7 +10,7 @@ as fast.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +24,8 @@ from transformers import Qwen3VLForConditionalGeneration
 from testbed import judge_trace, training
 from testbed.judge_data import Draw, Material, draw_renders, load_bank, training_texts
 from testbed.judge_model import (
+    PICTURES,
+    Form,
     new_model,
     patches,
     picture_features,
@@ -52,7 +54,7 @@ class JudgeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Hyper-parameters of a stage; `pictures` is 1 to describe one, 2 to compare two.
+    """Hyper-parameters of a stage; `pictures` (or clips) is 1 to describe one, 2 to compare two.
 
     Every `point_every`-th step scores single pictures instead, `pictures` times as many; 0: none does.
     """
@@ -68,13 +70,13 @@ class Stage:
 
 STAGES = (
     Stage(name="judge_describe", pictures=1, seed=42, steps=3000, batch=96, peak_lr=2e-3),
-    Stage(name="judge_compare", pictures=2, seed=43, steps=6000, batch=48, peak_lr=1.5e-3, point_every=5),
+    Stage(name="judge_compare", pictures=2, seed=43, steps=4000, batch=48, peak_lr=1.5e-3, point_every=5),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Right-padded sequences: patches [b * pictures, 64, 384], ids [b, length], wanted bool [b, length] with m true
+    """Right-padded sequences: patches of all their pictures as `judge_model.patches` cuts them, ids [b, length], wanted bool [b, length] with m true
     places whose next tokens are `targets` [m]."""
 
     pixels: torch.Tensor
@@ -120,7 +122,7 @@ def make_batch(stage: Stage, drawn: Material, step: int) -> Batch:
 
 
 Example = tuple[np.ndarray, list[int], list[str]]
-"""Pictures [k, 64, 64, 3], the request's ids, and the reply's pieces."""
+"""Pictures [k, side, side, 3], the request's ids, and the reply's pieces."""
 
 
 def _described(drawn: Material, rng: np.random.Generator) -> Example:
@@ -138,17 +140,23 @@ def _compared(drawn: Material, rng: np.random.Generator) -> Example:
     return np.stack(pair.images), request_ids(2, pair.text), judge_trace.trace(pair.reference, *pair.judged)
 
 
-def collate(images: np.ndarray, requests: Sequence[Sequence[int]], replies: Sequence[Sequence[int]]) -> Batch:
-    """Pads on the right; only the replies are to be learned."""
+def collate(
+    images: np.ndarray,
+    requests: Sequence[Sequence[int]],
+    replies: Sequence[Sequence[int]],
+    form: Form = PICTURES,
+    multiple: int = 8,
+) -> Batch:
+    """Pads on the right, to a length that is a `multiple`; only the replies are to be learned."""
     longest = max(len(request) + len(reply) for request, reply in zip(requests, replies, strict=True))
-    length = -(-longest // 8) * 8  # few lengths, because each is compiled for itself
-    ids = torch.full((len(requests), length), token_ids()["<|endoftext|>"])
+    length = -(-longest // multiple) * multiple  # few lengths, because each is compiled for itself
+    ids = torch.full((len(requests), length), token_ids(form)["<|endoftext|>"])
     wanted = torch.zeros(ids.shape, dtype=torch.bool)
     for row, (request, reply) in enumerate(zip(requests, replies, strict=True)):
         end = len(request) + len(reply)
         ids[row, :end] = torch.tensor([*request, *reply])
         wanted[row, len(request) - 1 : end - 1] = True
-    return Batch(pixels=patches(images), ids=ids, wanted=wanted, targets=ids[:, 1:][wanted[:, :-1]])
+    return Batch(pixels=patches(images, form), ids=ids, wanted=wanted, targets=ids[:, 1:][wanted[:, :-1]])
 
 
 def logits_of(model: Qwen3VLForConditionalGeneration, batch: Batch, features_of=picture_features) -> torch.Tensor:
@@ -159,11 +167,11 @@ def logits_of(model: Qwen3VLForConditionalGeneration, batch: Batch, features_of=
 
 
 class Progress:
-    """Moving averages of what a training prints."""
+    """Moving averages of what a training prints; `winners` are the tokens that decide."""
 
-    def __init__(self) -> None:
+    def __init__(self, winners: Sequence[int]) -> None:
         self.values: dict[str, float] = {}
-        self._winners = torch.tensor([token_ids()[piece] for piece in judge_trace.overall_winners()])
+        self._winners = torch.tensor(winners)
 
     def add(self, logits: torch.Tensor, targets: torch.Tensor) -> None:
         right = (logits.argmax(-1) == targets).float()
@@ -183,14 +191,27 @@ def train(
     model: Qwen3VLForConditionalGeneration, stage: Stage, config: JudgeConfig, stop_at: int | None = None
 ) -> None:
     """Trains, or resumes, a stage in place; its state is `<build>/<stage>.pt`."""
-    drawn, progress = material(config), Progress()
-    features_of = picture_features
+    drawn = material(config)
+    winners = [token_ids()[piece] for piece in judge_trace.overall_winners()]
+    fit(model, stage, config, lambda step: make_batch(stage, drawn, step), winners, stop_at)
+
+
+def fit(
+    model: Qwen3VLForConditionalGeneration,
+    stage: Stage,
+    config: JudgeConfig,
+    batch_of: Callable[[int], Batch],
+    winners: Sequence[int],
+    stop_at: int | None = None,
+) -> None:
+    """Trains, or resumes, a stage on the batches of its steps; `winners` are the tokens that decide."""
+    progress, features_of = Progress(winners), picture_features
     if config.compile:
         features_of = torch.compile(features_of, dynamic=False)
         model.model.language_model.compile(dynamic=False)
 
     def loss_of(step: int) -> torch.Tensor:
-        batch = make_batch(stage, drawn, step)
+        batch = batch_of(step)
         logits = logits_of(model, batch, features_of)
         progress.add(logits.detach(), batch.targets)
         return nn.functional.cross_entropy(logits, batch.targets)
@@ -206,12 +227,14 @@ def train_all(config: JudgeConfig) -> None:
         train(model, stage, config)
 
 
-def present_model(config: JudgeConfig) -> Qwen3VLForConditionalGeneration:
+def present_model(
+    config: JudgeConfig, stages: Sequence[Stage] = STAGES, form: Form = PICTURES
+) -> Qwen3VLForConditionalGeneration:
     """The model of the latest stage that has begun. Raises FileNotFoundError where none has."""
-    begun = [path for stage in STAGES if (path := config.build / f"{stage.name}.pt").exists()]
+    begun = [path for stage in stages if (path := config.build / f"{stage.name}.pt").exists()]
     if not begun:
         raise FileNotFoundError(f"no stage has begun in {config.build}")
-    model = new_model(config.seed)
+    model = new_model(config.seed, form)
     model.load_state_dict(torch.load(begun[-1], weights_only=False)["parts"][0])
     return model.eval()
 

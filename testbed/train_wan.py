@@ -42,7 +42,7 @@ from testbed.training import (
 
 OUTPUT = Path(__file__).parent / "tiny_wan"
 FLOW = BUILD / "wan_flow.pt"
-COURSE = Course(steps=4800, peak_lr=2e-3, ema=0.997)
+COURSE = Course(steps=3600, peak_lr=2e-3, ema=0.997)
 TOKENS = 20  # every caption has at most 16 words and so at most 17 tokens
 WIDTH = 128
 

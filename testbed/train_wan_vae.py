@@ -19,7 +19,7 @@ from testbed.clips import render_clips, training_clips
 from testbed.training import BUILD, Course, train
 
 AUTOENCODER = BUILD / "wan_vae.pt"
-COURSE = Course(steps=6000, peak_lr=2e-3, warm_up=0.1, fall=100, betas=(0.9, 0.999), weight_decay=1e-4)
+COURSE = Course(steps=4800, peak_lr=2e-3, warm_up=0.1, fall=100, betas=(0.9, 0.999), weight_decay=1e-4)
 CHANNELS, PATCH = 8, 2
 
 
@@ -36,7 +36,7 @@ class WanVaeConfig:
     batch: int = 8
     kl: float = 5e-4
     foreground: float = 2.0
-    rotated: float = 0.3
+    rotated: float = 0.375
     statistics_clips: int = 1024
 
 

@@ -245,7 +245,12 @@ def score(frames: np.ndarray, reference: Mapping[str, Any], times: Sequence[floa
     nobody asked for is wrong in colour and in shape; otherwise it would pay to show one of everything.
     Raises ValueError for a malformed clip and KeyError for a malformed reference.
     """
-    reading, wanted = read_clip(frames, times), reference["objects"]
+    return score_reading(read_clip(frames, times), reference)
+
+
+def score_reading(reading: ClipReading, reference: Mapping[str, Any]) -> ClipScore:
+    """The score of a clip that has been read. Raises KeyError for a malformed reference."""
+    wanted = reference["objects"]
     padded = (*reading.objects[:4], *(None,) * len(wanted))
     options = [(_attributes(reference, chosen), chosen) for chosen in set(permutations(padded, len(wanted)))]
     best, chosen = max(options, key=lambda option: (_own(option[0]), sum(option[0].values())))

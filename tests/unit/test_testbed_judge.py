@@ -13,13 +13,15 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from reward_server.asking import Endpoint
 from reward_server.families.flex import Flex, parse
 from reward_server.families.unified import Unified2Point, parse_point2
 from testbed import judge_data, judge_model, judge_trace, train_judge
 from testbed import scenes as world
 from testbed.judge_data import Bank, Material, Pair
 from testbed.judge_model import new_model, new_tokenizer, patches, reply_ids, request_ids, token_ids
-from testbed.measure_judge import ask, decode, summary
+from testbed.measure_judge import ask, score, summary
+from testbed.oracle_judge import OracleJudge, Score
 from testbed.train_judge import JudgeConfig, Stage
 
 
@@ -215,17 +217,35 @@ def test_a_step_lowers_the_loss_of_its_batch(material: Material) -> None:
     assert losses[-1] < losses[0] - 0.5
 
 
-def test_an_untrained_judge_is_measured_without_a_parsed_reply(
-    model: Qwen3VLForConditionalGeneration, pairs: list[Pair]
-) -> None:
-    found = summary(ask(model, pairs[:4]))
-    assert (found["pairs"], found["parsed"], found["accuracy"], found["consistent"]) == (4, 0, 0, 0)
+def test_the_teacher_itself_is_measured_as_never_wrong(pairs: list[Pair], tmp_path: Path) -> None:
+    with OracleJudge(style="trace").start(tmp_path) as server:
+        answers = ask(Endpoint(url=server.endpoints[0]), Flex(), pairs[:12])
+    found = summary(answers)
+    assert (found["pairs"], found["parsed"], found["accuracy"], found["consistent"], found["first"]) == (
+        12,
+        1,
+        1,
+        1,
+        0.5,
+    )
+    assert all(share in (1.0, pytest.approx(np.nan, nan_ok=True)) for share in found["by_category"].values())
+    assert all(answer.pair is pair for answer, pair in zip(answers, pairs[:12], strict=True))
 
 
-def test_decoding_in_batches_keeps_the_order(model: Qwen3VLForConditionalGeneration, pairs: list[Pair]) -> None:
-    some = pairs[:5]
-    requests = [request_ids(2, pair.text) for pair in some]
-    images = np.stack([image for pair in some for image in pair.images])
-    together = decode(model, requests, images, batch=2)
-    alone = [decode(model, [r], images[2 * i : 2 * i + 2])[0] for i, r in enumerate(requests)]
-    assert together == alone
+def test_a_judge_without_sense_is_measured_without_a_parsed_reply(pairs: list[Pair], tmp_path: Path) -> None:
+    with OracleJudge(garbage_rate=1.0).start(tmp_path) as server:
+        endpoint = Endpoint(url=server.endpoints[0])
+        found = [summary(ask(endpoint, Flex(), pairs[:4])), summary(score(endpoint, Unified2Point(), pairs[:4]))]
+    for one in found:
+        assert (one["pairs"], one["parsed"], one["accuracy"], one["consistent"]) == (4, 0, 0, 0)
+
+
+def test_scores_of_single_pictures_name_the_winner_of_a_pair(pairs: list[Pair], tmp_path: Path) -> None:
+    clear = [pair for pair in pairs if _alignment_decides(*(judged.score for judged in pair.judged))][:8]
+    with OracleJudge().start(tmp_path) as server:
+        found = summary(score(Endpoint(url=server.endpoints[0]), Unified2Point(), clear))
+    assert (found["pairs"], found["parsed"], found["accuracy"], found["consistent"]) == (8, 1, 1, 1)
+
+
+def _alignment_decides(one: Score, two: Score) -> bool:
+    return abs(one.alignment - two.alignment) > 0.4 and abs(one.quality - two.quality) < 0.2
