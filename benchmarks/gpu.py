@@ -61,7 +61,7 @@ def measure(config: RunConfig, name: str, device: str) -> Row:
     with without_weights(device):
         learner = Learner(config, device)
     model: Any = learner.model
-    policy = BoundPolicy(model, stand_in(model), config.sampling.dynamics, learner.parameters)
+    policy = BoundPolicy(model, stand_in(model), config.sampling.dynamics, learner.weights)
 
     def update() -> None:
         learner.optimizer.zero_grad(set_to_none=False)

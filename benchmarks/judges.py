@@ -98,7 +98,7 @@ def plot(found: Mapping[str, Sequence[Sequence[tuple[int, float]]]], path: Path)
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for variant, runs in found.items():
         steps = [step for step, _ in min(runs, key=len)]
-        scores = [np.interp(steps, *zip(*run, strict=True)) for run in runs]
+        scores = [np.interp(steps, [at for at, _ in run], [score for _, score in run]) for run in runs]
         (line,) = axes.plot(steps, np.mean(scores, axis=0), label=f"{variant} ({len(runs)})")
         axes.fill_between(steps, np.min(scores, axis=0), np.max(scores, axis=0), color=line.get_color(), alpha=0.12)
     axes.set(xlabel="training step", ylabel="held-out oracle score")

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
@@ -27,6 +28,9 @@ from grpo_flex.ranks import Ranks
 from grpo_flex.rollout import RolloutWorker
 from grpo_flex.scorers import score_group
 from grpo_flex.types import Adapter, Prompt, Role, RolloutGroup, Sample, UpdateBatch, UpdateResult, Verdict
+from grpo_flex.weights import Parcel
+
+T = TypeVar("T")
 
 GIVE_WAY = 4
 """Niceness of workers that sample ahead, on top of Ray's 15: where they share cores with the learner, it is the one
@@ -57,15 +61,18 @@ class RolloutActor:
         return len(prompts), None
 
     @_two
-    def generate(self, step: int, prompt: Prompt, adapter: Adapter) -> tuple[float, RolloutGroup]:
-        """(seconds that it took, the group).
+    def together(self) -> tuple[int, int]:
+        """How many prompts one call of ``generate`` is to have, twice."""
+        return self.worker.together, self.worker.together
+
+    def generate(self, step: int, prompts: Sequence[Prompt], adapter: Adapter) -> tuple[float | RolloutGroup, ...]:
+        """(seconds that it took, a group for each prompt).
 
         Raises:
             ValueError: an adapter of another age than ``sampling.lookahead`` says.
         """
         _check_age(step - adapter.version, self.config.sampling.lookahead, f"step {step + 1} is to be sampled with")
-        group = self.worker.generate(step, prompt, adapter)
-        return group.seconds, group
+        return _timed(self.worker.generate_together(step, prompts, adapter))
 
     @_two
     def evaluate(self, prompts: Sequence[Prompt], adapter: Adapter) -> tuple[int, list[Sample]]:
@@ -106,7 +113,7 @@ class LearnerActor:
         """(result, rank 0's state after it)."""
         own = sorted({i for share in self.learner.shares(len(batch.groups)) for i in [*share.own, *share.filling]})
         result = self.learner.update(self._fetch(batch, own), batch.advantages, step)
-        return result, self.learner.state() if self.ranks.rank == 0 else None
+        return result, self.state() if self.config.adapter.state_each_step else None
 
     def _fetch(self, batch: UpdateBatch, own: Sequence[int]) -> dict[int, RolloutGroup]:
         groups = dict(zip(own, ray.get([batch.groups[i] for i in own]), strict=True))
@@ -116,14 +123,22 @@ class LearnerActor:
         return groups
 
     @_two
-    def adapter(self, role: Role) -> tuple[int, Adapter]:
-        """(version, the adapter for sampling, evaluation, or the base model)."""
+    def adapter(self, role: Role) -> tuple[int, Adapter | None]:
+        """(version, rank 0's adapter for sampling, evaluation, or the base model)."""
         learner = self.learner
         made = {"sampling": learner.adapter, "evaluation": learner.evaluation_adapter, "base": learner.base_adapter}
-        return learner.version, made[role]()
+        adapter = self._of_rank_0(made[role])
+        return learner.version, adapter and replace(adapter, tensors=Parcel(adapter.tensors))
 
-    def state(self) -> dict[str, Any]:
-        return self.learner.state()
+    def state(self) -> dict[str, Any] | None:
+        """Rank 0's."""
+        state = self._of_rank_0(self.learner.state)
+        return state and Parcel(state)
+
+    def _of_rank_0(self, make: Callable[[], T]) -> T | None:
+        """Others take part where weights are split between them, and keep nothing."""
+        made = make() if self.ranks.rank == 0 or self.learner.weights.split else None
+        return made if self.ranks.rank == 0 else None
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.learner.load_state(state)
@@ -131,8 +146,9 @@ class LearnerActor:
     def adapter_files(self) -> dict[str, bytes]:
         """What ``save_adapter`` writes, by name: the run's directory need not be there on this node."""
         with tempfile.TemporaryDirectory() as folder:
-            self.learner.save_adapter(Path(folder))
-            return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+            self._of_rank_0(lambda: self.learner.save_adapter(Path(folder)))
+            files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+            return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 class ColocatedActor(LearnerActor):
@@ -149,10 +165,12 @@ class ColocatedActor(LearnerActor):
         return len(prompts), None
 
     @_two
-    def generate(self, step: int, prompt: Prompt, adapter: Adapter) -> tuple[float, RolloutGroup]:
+    def together(self) -> tuple[int, int]:
+        return self.worker.together, self.worker.together
+
+    def generate(self, step: int, prompts: Sequence[Prompt], adapter: Adapter) -> tuple[float | RolloutGroup, ...]:
         with self._holding(adapter):
-            group = self.worker.generate(step, prompt, adapter)
-        return group.seconds, group
+            return _timed(self.worker.generate_together(step, prompts, adapter))
 
     @_two
     def evaluate(self, prompts: Sequence[Prompt], adapter: Adapter) -> tuple[int, list[Sample]]:
@@ -210,6 +228,8 @@ class Scribe:
         self.log.flush()
 
     async def report(self) -> dict[str, float]:
+        """Figures since the last call; what was said until then is in the file."""
+        self.log.flush()
         return {}
 
     async def states(self) -> list[EndpointState]:
@@ -236,6 +256,7 @@ class JudgeActor(Scribe):
         return await self.client.wait_until_healthy(0.0, heartbeat=lambda _: None)
 
     async def report(self) -> dict[str, float]:
+        self.log.flush()
         return self.client.counters() | await self.client.cache_hit_rates()
 
     async def states(self) -> list[EndpointState]:
@@ -243,6 +264,10 @@ class JudgeActor(Scribe):
 
     async def close(self) -> None:
         await self.client.close()
+
+
+def _timed(groups: Sequence[RolloutGroup]) -> tuple[float | RolloutGroup, ...]:
+    return sum(group.seconds for group in groups), *groups
 
 
 def _check_age(updates: int, bound: int, what: str) -> None:

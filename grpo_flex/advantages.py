@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -20,6 +20,12 @@ FLAT = 1e-9
 
 class Advantage(Protocol):
     """Advantages of a step's groups. Variants are frozen dataclasses and pure."""
+
+    @property
+    def per_group(self) -> bool:
+        """Whether a group's advantages are the same whatever other groups there are: it may then be learnt from
+        before those are complete."""
+        ...
 
     def __call__(self, rewarded: Sequence[RewardedGroup]) -> tuple[list[np.ndarray], dict[str, float]]:
         """float64 [G] per group, NaN for masked members, and ``advantage/…`` figures."""
@@ -40,6 +46,10 @@ class GroupRelative:
     scale: Literal["group", "batch"] = "group"
     """Which standard deviation (population) divides: the group's own, or that of all the step's groups, which
     does not blow up the noise of groups whose siblings are nearly equal (Pref-GRPO, arXiv 2508.20751)."""
+
+    @property
+    def per_group(self) -> bool:
+        return self.scale == "group"
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if not 0 <= self.alpha <= 1:
@@ -116,6 +126,7 @@ class _Several:
     weights: tuple[float, ...] = ()
     """One for each part; empty: equal weights that add up to 1."""
     clip: float = 5.0
+    per_group: ClassVar[bool] = True
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if not self.parts or len(set(self.parts)) != len(self.parts):
@@ -160,6 +171,8 @@ class Gdpo(_Several):
     Different mixes of rewards keep different advantages, where a sum taken first would merge them.
     """
 
+    per_group: ClassVar[bool] = False
+
     def _advantages(self, values: Sequence[np.ndarray]) -> list[np.ndarray]:
         return gdpo(values, self._weights())
 
@@ -170,6 +183,7 @@ class LogTamed(_Several):
 
     threshold: float = 0.5
     """Coefficient of variation (std/|mean| over the batch) above which a reward R becomes log(1 + R)."""
+    per_group: ClassVar[bool] = False
 
     def _advantages(self, values: Sequence[np.ndarray]) -> list[np.ndarray]:
         return [standardise(self._weights() @ v) for v in log_tamed(values, self.threshold)]
@@ -245,6 +259,7 @@ class BestAndWorst:
     """The part of the breakdown with the win rate: winners are above ½, losers below."""
     score: str = "dim"
     """The part that sifts them, e.g. a pointwise reward's. A group that lacks a part uses its ``rewards_G``."""
+    per_group: ClassVar[bool] = True
 
     def __call__(self, rewarded: Sequence[RewardedGroup]) -> tuple[list[np.ndarray], dict[str, float]]:
         """float64 [G] per group, and ``advantage/…`` figures."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import ray
@@ -72,6 +72,7 @@ class Cluster:
             timeout_s=place.update_timeout_s,
             say=lambda text: self.say(text),
             stopping=lambda: self.stopping(),
+            keeps=config.adapter.state_each_step,
         )
         self._fleet = Fleet(
             self._colocated_worker if place.colocated else self._start_worker,
@@ -84,6 +85,8 @@ class Cluster:
         self._states: list[EndpointState] = []
         self._states_asked: ray.ObjectRef[list[EndpointState]] | None = None
         self._next_join = 0.0
+        self.together = 1
+        """Prompts that a worker samples in one call."""
 
     def __enter__(self) -> Cluster:
         return self
@@ -104,7 +107,14 @@ class Cluster:
         with _plain_errors():
             self._learners.meet()
             self._fleet.wait_until_ready()
+            if self.config.sampling.batch_tokens:
+                self.together = self._prompts_together()
             ray.get([scorer.load.remote() for scorer in self._scorers.values()])
+
+    def _prompts_together(self) -> int:
+        asked = self._fleet.submit("together")
+        self._fleet.wait([asked])
+        return cast("int", ray.get(asked.result))
 
     def prepare(self, prompts: Sequence[Prompt]) -> None:
         """Check all prompts of the run, and encode them where encodings are kept; the workers share it out.
@@ -133,12 +143,12 @@ class Cluster:
     def generate(
         self,
         step: int,
-        prompt: Prompt,
+        prompts: Sequence[Prompt],
         adapter: ray.ObjectRef[Adapter],
-        follow: Callable[[ray.ObjectRef[RolloutGroup]], None],
+        follow: Callable[..., None],
     ) -> Job:
-        """Let a worker sample the group of a prompt; see ``Job.follow``."""
-        return self._fleet.submit("generate", step, prompt, adapter, follow=follow)
+        """Let a worker sample the groups of some prompts, ``together`` at most; see ``Job.follow``."""
+        return self._fleet.submit("generate", step, prompts, adapter, follow=follow, count=len(prompts))
 
     def wait(self, jobs: Sequence[Job], look: Callable[[], None]) -> None:
         """Until all groups are there; ``look`` is called about twice a second."""
@@ -192,6 +202,10 @@ class Cluster:
         for job in jobs:
             yield from ray.get(job.result)
 
+    def begin(self, batch: UpdateBatch, of: int, step: int) -> None:
+        """Let the learners begin the update of a step with those of its ``of`` groups that are complete."""
+        self._learners.begin(batch, of, step)
+
     def update(self, batch: UpdateBatch, step: int) -> UpdateResult:
         return self._learners.update(batch, step)
 
@@ -207,6 +221,7 @@ class Cluster:
         """Write the exported adapter's files."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self._learners.adapter_files().items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
 
     def close_judge(self) -> None:
@@ -428,15 +443,18 @@ def connect(config: RunConfig) -> bool:
     """Join the announced Ray cluster, or start a local one; True if it is ours to shut down."""
     address = config.placement.ray_address or os.environ.get("RAY_ADDRESS", "")
     if address:
-        nobody = ConfigError(
-            f"no Ray cluster answers at '{address}' (placement.ray_address or RAY_ADDRESS); start one with `ray start --head`, or leave both empty for a local one"
-        )
         if not _listens(address):  # Ray itself goes on trying for minutes
-            raise nobody
+            raise ConfigError(
+                f"no Ray cluster answers at '{address}' (placement.ray_address or RAY_ADDRESS); start one with `ray start --head`, or leave both empty for a local one"
+            )
         try:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
         except ConnectionError as error:
-            raise nobody from error
+            raise ConfigError(
+                f"what listens at '{address}' (placement.ray_address or RAY_ADDRESS) does not let this process join: is it a "
+                "Ray cluster? One that was started while its user had a token wants that token (~/.ray/auth_token) and "
+                "RAY_AUTH_MODE=token here too; see docs/cluster.md"
+            ) from error
         return False
     needed = sum(asked.get("CPU", 0.0) for asked in seats(config).values())
     # Rollout and update take turns on a small machine, so logical CPUs may exceed the real ones.

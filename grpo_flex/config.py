@@ -21,17 +21,18 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, Union
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union
 
 from grpo_flex.dynamics import Ode
 
 if TYPE_CHECKING:
     from grpo_flex.advantages import Advantage
     from grpo_flex.dynamics import Dynamics, Solver, Window
-    from grpo_flex.generators.base import Generator
+    from grpo_flex.generators.base import Generator, Model
     from grpo_flex.objectives.base import Objective
     from grpo_flex.pairing import PairPlan
     from grpo_flex.rewards import Reward
+    from grpo_flex.weights import Weights
     from reward_server.families.base import Family
 
 Problem = tuple[str, str]
@@ -74,6 +75,11 @@ class Sampling:
     """Takes the steps of a rollout that have no noise; ``Multistep()`` is of second order."""
     eval_solver: Solver = field(default_factory=Ode)
     """Takes the steps of held-out samples."""
+    batch_tokens: int = 0
+    """So many latent tokens (N × group_size × prompts, twice that where a generator batches guidance) may go through the
+    transformer at once, so that a worker samples several prompts together. The learner computes group by group, and
+    kernels may round a larger batch otherwise: policy/first_log_ratio_abs says by how much. 0: one prompt at a time,
+    in the learner's own batch shape."""
     lookahead: int = 0
     """k: rollouts of the next k steps go on while a step is judged and learnt from. Step j (from 0) is sampled by the
     adapter of version max(0, j − k), so its staleness, in updates, is min(j, k); 0 is on-policy."""
@@ -89,6 +95,8 @@ class Sampling:
             yield "steps", f"is {self.steps}; it needs at least 2: the last one is never trained"
         if self.eval_steps < 1:
             yield "eval_steps", f"is {self.eval_steps}; held-out pictures need at least 1 denoising step"
+        if self.batch_tokens < 0:
+            yield "batch_tokens", f"is {self.batch_tokens}; it cannot be negative (0: one prompt at a time)"
         if self.lookahead < 0:
             yield "lookahead", f"is {self.lookahead}; it cannot be negative (0: no step is sampled ahead)"
         yield from (("window." + name, text) for name, text in self.window.fits(self.steps))
@@ -114,6 +122,10 @@ class Sampling:
 class Adapter:
     """The LoRA adapter that is trained (peft)."""
 
+    folder: ClassVar[str] = "adapter"
+    """In the run's directory: where the result is written."""
+    state_each_step: ClassVar[bool] = True
+
     rank: int = 32
     alpha: float = 64.0
     targets: tuple[str, ...] = ()
@@ -124,6 +136,37 @@ class Adapter:
             yield "rank", f"is {self.rank}; a LoRA adapter needs a rank of at least 1"
         if self.alpha <= 0:
             yield "alpha", f"is {self.alpha}; it scales the adapter and needs to be above 0"
+
+    def attach(self, model: Model, seed: int) -> Weights:
+        from grpo_flex.weights import Lora
+
+        return Lora(model, self, seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full:
+    """Full fine-tuning: all weights of the transformer are trained, and there is no adapter.
+
+    The optimiser steps float32 masters; the model computes in ``generator.dtype``. With ``placement.shard_base`` all of
+    it is shared out among the learners (FSDP2).
+    """
+
+    folder: ClassVar[str] = "weights"
+
+    keep_base: bool = True
+    """Each learner keeps the weights that training began with: for a pull to them (``objective.kl_beta``, Flow-DPO), the
+    distance from them (policy/base_distance) and the win rate against them (``evaluation.versus_base``)."""
+    copies: Literal["cpu", "device"] = "cpu"
+    """Where those lie, θ_old of an objective that needs one, and the average (``optimizer.ema``): on the CPU they cost no
+    GPU memory, and time for each transfer."""
+    state_each_step: bool = True
+    """After each update the learners' state (12 bytes a weight) goes to the object store: learners that die start again
+    from there. False: it is read when a checkpoint is written, and a learner's death ends the run."""
+
+    def attach(self, model: Model, seed: int) -> Weights:
+        from grpo_flex.weights import Whole
+
+        return Whole(model, self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -389,7 +432,8 @@ class RunConfig:
     reward: Reward
     advantage: Advantage
     objective: Objective
-    adapter: Adapter = field(default_factory=Adapter)
+    adapter: Adapter | Full = field(default_factory=Adapter)
+    """What is trained: a LoRA adapter, or ``Full()``."""
     optimizer: Optimizer = field(default_factory=Optimizer)
     evaluation: Evaluation = field(default_factory=Evaluation)
     placement: Placement = field(default_factory=Placement)
@@ -407,6 +451,8 @@ class RunConfig:
                 f"has no noise, so its steps have no density for {type(self.objective).__name__} to learn from; "
                 "use e.g. FlowSde(a=0.7)",
             )
+        if isinstance(self.adapter, Full):
+            yield from self._whole_weights(self.adapter)
         yield from self._who_judges()
         yield from _scorer_problems(self.scorers)
         if self.placement.colocated and self.sampling.lookahead:
@@ -426,6 +472,24 @@ class RunConfig:
                 "placement.learners",
                 f"is {self.placement.learners}, but an update has {most} groups (prompts.per_step / "
                 "optimizer.updates_per_rollout): some learners would have nothing to do",
+            )
+
+    def _whole_weights(self, full: Full) -> Iterator[Problem]:
+        """What full fine-tuning does not go with."""
+        memory = getattr(self.generator, "memory", None)
+        if memory is not None and memory.base_bits:
+            yield (
+                "generator.memory.base_bits",
+                f"is {memory.base_bits} with adapter=Full(): quantised weights cannot be trained; set 0, or train a LoRA adapter",
+            )
+        asks = {
+            "objective": self.objective.needs_base or self.objective.first_beta > 0,
+            "evaluation.versus_base": self.judge is not None and self.evaluation.versus_base > 0,
+        }
+        for name in (name for name, asked in asks.items() if asked and not full.keep_base):
+            yield (
+                "adapter.keep_base",
+                f"is false, but {name} compares with the base weights, which nobody would have; set it to true",
             )
 
     def _who_judges(self) -> Iterator[Problem]:

@@ -367,6 +367,7 @@ _RESULTS = (
     ("pictures", "samples/before_after.png"),
     ("clips", "samples/before_after.mp4"),
     ("adapter", "adapter/pytorch_lora_weights.safetensors"),
+    ("weights", "weights"),
     ("report", "report.html"),
 )
 

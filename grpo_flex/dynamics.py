@@ -265,16 +265,16 @@ class RandomFraction:
     """Every step but the last is stochastic; a random share of them is trained (Pref-GRPO: 0.6)."""
 
     fraction: float = 0.6
+    shared: bool = False
+    """All groups of a training step train the same steps; otherwise each has its own choice."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if not 0 < self.fraction <= 1:
             yield "fraction", f"is {self.fraction}; it is the share of the steps to train, above 0 and at most 1"
 
     def select(self, steps: int, iteration: int, seed: int) -> Selection:
-        count = max(1, round(self.fraction * (steps - 1)))
-        return Selection(
-            frozenset(range(steps - 1)), tuple(sorted(random.Random(seed).sample(range(steps - 1), count)))
-        )
+        count, chance = max(1, round(self.fraction * (steps - 1))), random.Random(iteration if self.shared else seed)
+        return Selection(frozenset(range(steps - 1)), tuple(sorted(chance.sample(range(steps - 1), count))))
 
     def fits(self, steps: int) -> Iterator[tuple[str, str]]:
         return iter(())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_flex.config import Adapter as AdapterConfig
-from grpo_flex.config import ConfigError, RunConfig, from_json, load_experiment
+from grpo_flex.config import ConfigError, Full, RunConfig, from_json, load_experiment
 from grpo_flex.generators.base import LORA_FILE, SECOND_LORA_FILE
 from grpo_flex.prompts import read_prompts
 from grpo_flex.types import Adapter, Prompt, Sample
@@ -25,19 +25,17 @@ def evaluate(run_dir: str | None, adapter: str | None, experiment: str | None, o
         ConfigError: neither a run nor an experiment, or no adapter where one was named.
     """
     config = _config(run_dir, experiment)
-    path = _adapter_file(run_dir, adapter)
-    tensors, adapter_config = read_lora(path)
+    path, tensors, trained = _result(config, run_dir, adapter)
     heldout = read_prompts(config.prompts.heldout, "prompts.heldout")
-    from grpo_flex.rollout import RolloutWorker
+    from grpo_flex.rollout import UNTRAINED, RolloutWorker
     from grpo_flex.run import quieten
 
     quieten()
     device = "cuda" if config.placement.rollout_gpus else "cpu"
-    worker = RolloutWorker(replace(config, adapter=adapter_config), device)
+    worker = RolloutWorker(replace(config, adapter=trained), device)
     worker.model.prepare(heldout)
+    before = _samples(worker, heldout, UNTRAINED)
     after = _samples(worker, heldout, Adapter(version=1, tensors=tensors))
-    zero = {name: tensor * 0 for name, tensor in tensors.items()}  # B = 0: the base model
-    before = _samples(worker, heldout, Adapter(version=0, tensors=zero))
     _print_table(before, after, path)
     _write_grid(
         before,
@@ -60,6 +58,39 @@ def _config(run_dir: str | None, experiment: str | None) -> RunConfig:
         raise ConfigError("evaluate what? Give a run directory, or --adapter PATH with --experiment FILE")
     config.validate()
     return config
+
+
+def _result(
+    config: RunConfig, run_dir: str | None, adapter: str | None
+) -> tuple[Path, dict[str, Any], AdapterConfig | Full]:
+    """Where the trained weights are, what they are, and what they are of."""
+    if adapter is None and isinstance(config.adapter, Full):
+        path = Path(run_dir or ".") / Full.folder
+        return path, read_weights(path), config.adapter
+    path = _adapter_file(run_dir, adapter)
+    return path, *read_lora(path)
+
+
+def read_weights(folder: Path) -> dict[str, Any]:
+    """What full fine-tuning wrote: tensors by the names that rollout workers know.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    denoisers = sorted(path for path in folder.glob("transformer*") if path.is_dir())
+    if not denoisers:
+        raise ConfigError(f"no weights at '{folder}'; a run writes them when it ends or is stopped")
+    found: dict[str, Any] = {}
+    for path in denoisers:
+        prefix = f"{path.name}." if len(denoisers) > 1 else ""
+        try:
+            found |= {prefix + k: t for file in path.glob("*.safetensors") for k, t in load_file(file).items()}
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"'{path}' holds no readable weights: {error}") from error
+    return found
 
 
 def _adapter_file(run_dir: str | None, adapter: str | None) -> Path:

@@ -6,7 +6,7 @@ What a call gives depends on its arguments alone, never on the worker, so that i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,14 +31,22 @@ class Job:
 
     method: str
     arguments: tuple[Any, ...]
-    follow: Callable[[ray.ObjectRef[Any]], None]
-    """Given the reference of the result at once, and another one each time that the call is made again."""
+    follow: Callable[..., None]
+    """Given the references of the results at once, and other ones each time that the call is made again."""
+    count: int = 1
+    """How many results it has."""
     receipt: Any = None
-    result: Any = None
+    results: list[Any] = field(default_factory=list)
     """References of this try."""
     done: bool = False
     seconds: float = 0.0
     """What the receipt says, for a rollout: how long it took."""
+
+    @property
+    def result(self) -> Any:
+        """The only one."""
+        (result,) = self.results
+        return result
 
 
 @dataclass(kw_only=True, eq=False)
@@ -88,16 +96,16 @@ class Fleet:
             self.tend()
 
     def submit(
-        self, method: str, *arguments: Any, follow: Callable[[ray.ObjectRef[Any]], None] = lambda _: None
+        self, method: str, *arguments: Any, follow: Callable[..., None] = lambda *_: None, count: int = 1
     ) -> Job:
-        job = Job(method=method, arguments=arguments, follow=follow)
+        job = Job(method=method, arguments=arguments, follow=follow, count=count)
         self._deal(job)
         return job
 
-    def wait(self, jobs: Iterable[Job], look: Callable[[], None] = lambda: None) -> None:
-        """Until all jobs are done, lost ones again; ``look`` is called about twice a second."""
-        while left := [job.receipt for job in jobs if not job.done]:
-            ray.wait(left, num_returns=len(left), timeout=POLL_S, fetch_local=False)
+    def wait(self, jobs: Sequence[Job], look: Callable[[], None] = lambda: None) -> None:
+        """Until all jobs are done, lost ones again; ``look`` is called with each that is, and at least twice a second."""
+        while left := list(dict.fromkeys(job.receipt for job in jobs if not job.done)):
+            ray.wait(left, timeout=POLL_S, fetch_local=False)
             look()  # before lost workers are started again: the run may have been asked to end
             self.tend()
 
@@ -138,8 +146,9 @@ class Fleet:
         if not worker.jobs:
             worker.heard = time.monotonic()
         worker.jobs.append(job)
-        job.receipt, job.result = getattr(worker.actor, job.method).remote(*job.arguments)
-        job.follow(job.result)
+        call = getattr(worker.actor, job.method).options(num_returns=1 + job.count)
+        job.receipt, *job.results = call.remote(*job.arguments)
+        job.follow(*job.results)
 
     def _collect(self, worker: Worker) -> None:
         """Take note of what a worker has done, or that it has died."""

@@ -4,7 +4,8 @@ One group is one micro-batch: its siblings go through the transformer in the ver
 sampled, so that on the CPU in float32 the ratio before the first update is bit-exactly 1.
 
 There are three adapters: θ, which is trained; θ_old, which samples the rollouts (θ itself, unless the objective
-lets it follow more slowly); and an average of θ over the training steps, which is evaluated, shown and exported.
+lets it follow more slowly); and an average of θ over the training steps, which is evaluated, shown and exported. Under
+full fine-tuning they are not adapters but whole sets of weights, and only those that differ from θ are kept (``weights.py``).
 
 Several learners (``Ranks``) share out the groups of every update and sum their gradients. The loss is divided by the
 weight of all groups, whoever computes them, so that uneven shares and masked siblings count as with one learner.
@@ -14,9 +15,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,11 +27,11 @@ from grpo_flex.dynamics import Dynamics, Step, step
 from grpo_flex.objectives.renoise import renoised
 from grpo_flex.prompts import seed_for
 from grpo_flex.ranks import Ranks
-from grpo_flex.types import Adapter, RolloutGroup, Trajectories, UpdateResult
-from grpo_flex.weights import attach_adapter, copies, follow, lent, read_adapter, warmed_up, write_adapter
+from grpo_flex.types import Adapter, Role, RolloutGroup, Trajectories, UpdateResult
+from grpo_flex.weights import Weights, follow, warmed_up, without_adapter
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from grpo_flex.generators.base import Conditioning, Model
 
@@ -55,12 +55,16 @@ class BoundPolicy:
         model: Model,
         conditioning: Conditioning,
         dynamics: Dynamics,
-        parameters: Sequence[nn.Parameter] = (),
+        weights: Weights | None = None,
         old: Sequence[Tensor] = (),
     ) -> None:
-        """``old``: θ_old in the order of ``parameters``; empty while the weights still are those that sampled."""
+        """
+        Args:
+            weights: what is trained of the model; None: an adapter that is attached to it.
+            old: θ_old in the order of the parameters; empty while the weights still are those that sampled.
+        """
         self.model, self.conditioning, self.dynamics = model, conditioning, dynamics
-        self.parameters, self.old = parameters if old else (), old
+        self.weights, self.old = weights, old
         self._last: tuple[Tensor, float, Tensor] | None = None
 
     def velocity(self, x: Tensor, sigma: float) -> Tensor:
@@ -73,19 +77,15 @@ class BoundPolicy:
 
         if not self.old and self._last and self._last[0] is x and self._last[1] == sigma:
             return self._last[2]  # the same weights at the same place: a forward pass saved
-        with torch.no_grad(), lent(self.parameters, self.old):
+        with torch.no_grad(), self.weights.lent(self.old) if self.weights and self.old else nullcontext():
             return self.model.velocity(x, sigma, self.conditioning)
 
     def reference_velocity(self, x: Tensor, sigma: float) -> Tensor:
         import torch
 
-        transformer: Any = self.model.transformer
-        transformer.disable_adapters()
-        try:
-            with torch.no_grad():
-                return self.model.velocity(x, sigma, self.conditioning)
-        finally:
-            transformer.enable_adapters()
+        base = self.weights.base() if self.weights else without_adapter(self.model.transformer)
+        with torch.no_grad(), base:
+            return self.model.velocity(x, sigma, self.conditioning)
 
     def rescore(self, trajectories: Trajectories, k: int) -> Step:
         i, x = trajectories.steps_K[k], trajectories.latents_GKNC[:, k].to(self.model.device)
@@ -95,10 +95,14 @@ class BoundPolicy:
 
 
 class Learner:
-    """Adapter, optimiser, and ``update``.
+    """What is trained, its optimiser, and ``update``.
 
     Args:
-        ranks: the place among several learners, all of which have to call ``update`` and ``load_state`` alike.
+        ranks: the place among several learners, all of which have to make the same calls. Where weights are split,
+            rank 0 alone gets tensors from those that read them.
+
+    Raises:
+        ValueError: a model that cannot be loaded or trained as the configuration says.
     """
 
     def __init__(self, config: RunConfig, device: str = "cpu", ranks: Ranks | None = None) -> None:
@@ -107,22 +111,37 @@ class Learner:
         torch.set_num_threads(config.placement.learner_threads)
         self.config, self.version, self.ranks = config, 0, ranks or Ranks()
         self.model = config.generator.load(device)
-        self.parameters = attach_adapter(self.model, config.adapter, config.seed)
+        self.weights = config.adapter.attach(self.model, config.seed)
         self.sharded = config.placement.shard_base and self.ranks.size > 1
         if self.sharded:
-            self.ranks.shard(self.model.transformer, self.parameters)
+            _check_turns(config, self.model)
+        self.parameters = self.weights.train(self.ranks, self.sharded)
         for p in self.parameters:
             p.grad = torch.zeros_like(p)  # an update without any gradient is then like any other
-        self._old, self._average = copies(self.parameters), copies(self.parameters)
+        self._old = self.weights.copies(config.objective.needs_old)
+        self._average = self.weights.copies(config.optimizer.ema > 0)
+        self._moved = False
+        """Whether θ may differ from θ_old."""
         self.kl_beta = config.objective.first_beta
+        self._begun = 0
+        """So many of this rank's groups of an optimiser step are in the gradient."""
+        self._seen: Figures = defaultdict(list)
         o = config.optimizer
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay
         )
 
+    @property
+    def apart(self) -> list[Tensor]:
+        """Tensors that are kept beside θ: copies of the base, of θ_old and of the average."""
+        return [
+            *self.weights.kept,
+            *(t for v in (self._old, self._average) if v[0] is not self.parameters[0] for t in v),
+        ]
+
     def shares(self, groups: int) -> list[Share]:
         """This rank's part in each optimiser step of an update with so many groups."""
-        parts, rank, size = min(self.config.optimizer.updates_per_rollout, groups), self.ranks.rank, self.ranks.size
+        parts, rank, size = self._parts(groups), self.ranks.rank, self.ranks.size
         shares = []
         for part in range(parts):
             dealt = list(range(part, groups, parts))
@@ -130,6 +149,24 @@ class Learner:
             missing = math.ceil(len(dealt) / size) - len(own) if self.sharded else 0
             shares.append(Share(own, dealt[:missing]))
         return shares
+
+    def _parts(self, groups: int) -> int:
+        return min(self.config.optimizer.updates_per_rollout, groups)
+
+    def begin(self, groups: Groups, advantages: Sequence[np.ndarray], of: int, step_index: int) -> None:
+        """A head start on ``update``: the gradients of groups that are complete while others are not.
+
+        It may be called again as more are complete. ``update`` goes on from there, with the same bits as without it,
+        because gradients are summed in the order of the groups in any case. Only groups of the first optimiser step
+        are begun, and those that all ranks have one of: sharded ranks compute together.
+
+        Args:
+            advantages: of the first groups of the step; ``groups`` as in ``update``.
+            of: how many groups the update will have.
+        """
+        first = self.shares(of)[0]
+        dealt = range(0, len(advantages), self._parts(of))
+        self._add_up(groups, advantages, first.own[: len(dealt) // self.ranks.size], step_index)
 
     def update(self, groups: Groups, advantages: Sequence[np.ndarray], step_index: int) -> UpdateResult:
         """One rollout's updates: the groups are dealt out among ``updates_per_rollout`` optimiser steps.
@@ -141,35 +178,34 @@ class Learner:
         Returns:
             Metrics over all groups, the same on every rank.
         """
-        seen: Figures = defaultdict(list)
-        shares = self.shares(len(advantages))
+        seen, shares = self._seen, self.shares(len(advantages))
         for i in (i for share in shares for i in share.own):
             seen["staleness"].append((i, float(self.version - groups[i].policy_version)))
             for name, value in groups[i].diversity.items():
                 seen[f"diversity_{name}"].append((i, value))
         for part, share in enumerate(shares):
-            self._optimise(groups, advantages, share, step_index, seen)
+            self._optimise(groups, advantages, share, step_index)
             if part == 0:  # before any update: what rollout and learner disagree by
                 seen["first_log_ratio_abs"] = list(seen["log_ratio_abs"])
-        self._watch_base(groups, shares[0], step_index, seen)
-        totals = in_order(self.ranks.gather(dict(seen)))
+        self._watch_base(groups, shares[0], step_index)
+        totals, self._seen = in_order(self.ranks.gather(dict(seen))), defaultdict(list)
         stale = max(totals.pop("staleness"))
         self._close(totals)
         metrics = {_key(name): float(np.mean(values)) for name, values in totals.items()}
         return UpdateResult(policy_version=self.version, metrics=metrics | {"policy/staleness": stale})
 
-    def _watch_base(self, groups: Groups, share: Share, step_index: int, seen: Figures) -> None:
+    def _watch_base(self, groups: Groups, share: Share, step_index: int) -> None:
         """Rank 0's first group is the update's first, so the figure does not depend on how many ranks there are."""
-        if self.ranks.rank == 0 or self.sharded:
+        if self.weights.has_base and (self.ranks.rank == 0 or self.sharded):
             first = [*share.own, *share.filling][0]
             distance = self._base_distance(groups[first], step_index)
-            self._note(seen, base_distance=distance)
+            self._note(base_distance=distance)
 
-    def _note(self, seen: Figures, **figures: float) -> None:
+    def _note(self, **figures: float) -> None:
         """Figures that all ranks have in common: one of them keeps them."""
         if self.ranks.rank == 0:
             for name, value in figures.items():
-                seen[name].append((0, value))
+                self._seen[name].append((0, value))
 
     def _base_distance(self, group: RolloutGroup, step_index: int) -> float:
         """‖v − v_base‖², mean over one group at one noise level that changes from step to step.
@@ -178,7 +214,7 @@ class Learner:
         """
         import torch
 
-        policy = BoundPolicy(self.model, group.conditioning, self.config.sampling.dynamics)
+        policy = BoundPolicy(self.model, group.conditioning, self.config.sampling.dynamics, self.weights)
         kept, device = group.trajectories, torch.device(self.model.device)
         if kept.steps_K:
             k = step_index % len(kept.steps_K)
@@ -192,32 +228,43 @@ class Learner:
 
     def _close(self, totals: dict[str, list[float]]) -> None:
         """What follows the updates of one rollout: the other two adapters, and β."""
-        follow(self._old, self.parameters, self.config.objective.old_decay(self.version))
+        decay = self.config.objective.old_decay(self.version)
+        follow(self._old, self.parameters, decay)
+        self._moved = self._moved and decay > 0
         follow(self._average, self.parameters, warmed_up(self.config.optimizer.ema, self.version))
         if totals.get("kl"):
             totals["kl_beta"] = [self.kl_beta]
             self.kl_beta = self.config.objective.next_beta(self.kl_beta, float(np.mean(totals["kl"])))
         self.version += 1
 
-    def _optimise(
-        self, groups: Groups, advantages: Sequence[np.ndarray], share: Share, step_index: int, seen: Figures
-    ) -> None:
+    def _optimise(self, groups: Groups, advantages: Sequence[np.ndarray], share: Share, step_index: int) -> None:
         """One optimiser step on the mean loss over all unmasked siblings and passes of its groups, on all ranks."""
-        from torch.nn.utils import clip_grad_norm_
-
-        self.optimizer.zero_grad(set_to_none=False)
-        weight = sum(self.ranks.gather(sum(self._weight(groups[i], advantages[i]) for i in share.own)))
-        for i in share.own:
-            if self.sharded or (self._weight(groups[i], advantages[i]) and self._matters(advantages[i])):
-                self._backward(i, groups[i], advantages[i], weight, step_index, seen)
+        self._add_up(groups, advantages, share.own, step_index)
+        self._begun = 0
         for i in share.filling:
-            self._backward(i, groups[i], np.full_like(advantages[i], np.nan), weight, step_index, seen)
-        self.ranks.sum_gradients(self.parameters)
-        norm = float(clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm))
+            self._backward(i, groups[i], np.full_like(advantages[i], np.nan), step_index)
+        if not self.weights.split:
+            self.ranks.sum_gradients(self.parameters)
+        weight = sum(self.ranks.gather(sum(self._weight(groups[i], advantages[i]) for i in share.own)))
+        for p in self.parameters:
+            if p.grad is not None:
+                p.grad /= max(weight, 1)
+        norm = self.ranks.clip(self.parameters, self.config.optimizer.max_grad_norm, self.weights.split)
         sound = weight > 0 and math.isfinite(norm)  # where nobody got a reward, momentum alone must not move weights
-        self._note(seen, grad_norm=norm, lr=self._schedule(step_index), skipped_updates=float(not sound))
+        self._note(grad_norm=norm, lr=self._schedule(step_index), skipped_updates=float(not sound))
         if sound:
             self.optimizer.step()
+            self.weights.sync()
+            self._moved = True
+
+    def _add_up(self, groups: Groups, advantages: Sequence[np.ndarray], own: Sequence[int], step_index: int) -> None:
+        """Add the gradients of those of this rank's groups that are not in yet, in their order; the sum of the losses."""
+        if not self._begun:
+            self.optimizer.zero_grad(set_to_none=False)
+        for i in own[self._begun :]:
+            if self.sharded or (self._weight(groups[i], advantages[i]) and self._matters(advantages[i])):
+                self._backward(i, groups[i], advantages[i], step_index)
+        self._begun = len(own)
 
     def _weight(self, group: RolloutGroup, advantage: np.ndarray) -> int:
         return int(np.isfinite(advantage).sum()) * self.config.objective.passes(group.trajectories)
@@ -227,28 +274,26 @@ class Learner:
         still = self.config.objective.still_at_zero and self.kl_beta == 0
         return not still or bool(np.nan_to_num(advantage).any())
 
-    def _backward(
-        self, index: int, group: RolloutGroup, advantage: np.ndarray, weight: int, step_index: int, seen: Figures
-    ) -> None:
+    def _backward(self, index: int, group: RolloutGroup, advantage: np.ndarray, step_index: int) -> None:
         """Add a group's part to the gradient; one that is wholly masked adds 0 and shows in no figure."""
         import torch
 
         keep = torch.from_numpy(np.isfinite(advantage)).to(self.model.device)
         advantages_G = torch.from_numpy(np.nan_to_num(advantage)).float().to(self.model.device)
         dynamics = self.config.sampling.dynamics
-        old = () if all(map(torch.equal, self._old, self.parameters)) else self._old
-        policy = BoundPolicy(self.model, group.conditioning, dynamics, self.parameters, old)
+        old = self._old if self._moved else ()
+        policy = BoundPolicy(self.model, group.conditioning, dynamics, self.weights, old)
         seed = seed_for(self.config.seed, "update", step_index, group.prompt.id)
         for term in self.config.objective.terms(policy, group.trajectories, advantages_G, seed):
             kl = {} if term.kl_G is None else {"kl": term.kl_G.detach()}
             loss_G = term.loss_G if term.kl_G is None else term.loss_G + self.kl_beta * term.kl_G
-            loss = torch.where(keep, loss_G, 0.0).sum() / max(weight, 1)
+            loss = torch.where(keep, loss_G, 0.0).sum()
             loss.backward()
             if not keep.any():
                 continue
-            seen["loss"].append((index, float(loss.detach()) * weight / float(keep.sum())))
+            self._seen["loss"].append((index, float(loss.detach() / keep.sum())))
             for name, values in {**term.metrics, **kl}.items():
-                seen[name].append((index, float(values[keep].mean())))
+                self._seen[name].append((index, float(values[keep].mean())))
 
     def _schedule(self, step_index: int) -> float:
         """Linear warm-up times a line from 1 to ``lr_end``; sets and returns the learning rate of this step."""
@@ -261,42 +306,46 @@ class Learner:
 
     def adapter(self) -> Adapter:
         """A copy of what rollouts sample with, to publish: θ_old."""
-        return self._read(self._old)
+        return self._published("sampling", self.weights.read(self._old))
 
     def evaluation_adapter(self) -> Adapter:
         """A copy of the average of θ, which is θ itself while ``optimizer.ema`` is 0."""
-        return replace(self._read(self._average), role="evaluation")
+        return self._published("evaluation", self.weights.read(self._average))
 
     def base_adapter(self) -> Adapter:
-        """Zeros, which leave the base model as it is."""
-        now = self.adapter()
-        return replace(
-            now, role="base", tensors={name: tensor.new_zeros(tensor.shape) for name, tensor in now.tensors.items()}
-        )
+        """What leaves the base model as it is."""
+        return self._published("base", self.weights.read_base())
 
-    def lending(self, role: str) -> AbstractContextManager[None]:
-        """The model computes with the adapter of that role while the block lasts; nothing is copied."""
-        import torch
+    def _published(self, role: Role, tensors: Mapping[str, Tensor]) -> Adapter:
+        return Adapter(version=self.version, tensors=tensors, role=role)
 
+    def lending(self, role: Role) -> AbstractContextManager[None]:
+        """The model computes with the adapter of that role while the block lasts."""
         if role == "base":
-            return lent(self.parameters, [torch.zeros_like(p) for p in self.parameters])
-        return lent(self.parameters, self._old if role == "sampling" else self._average)
-
-    def _read(self, values: Sequence[Tensor]) -> Adapter:
-        with lent(self.parameters, values):
-            return read_adapter(self.model.transformer, self.version)
+            return self.weights.base()
+        return self.weights.lent(self._old if role == "sampling" else self._average)
 
     def state(self) -> dict[str, Any]:
         """Everything that a resume needs, on the CPU."""
-        own = dict(read_adapter(self.model.transformer, self.version).tensors)
-        return {
-            "version": self.version,
-            "adapter": own,
-            "optimizer": on_cpu(self.optimizer.state_dict()),
-            "old": _shared(self.adapter().tensors, own),
-            "average": _shared(self.evaluation_adapter().tensors, own),
-            "kl_beta": (self.config.objective.first_beta, self.kl_beta),
+        own = self.weights.read(self.parameters, exact=True)
+        apart = {name: values for name, values in (("old", self._old), ("average", self._average))}
+        others = {
+            name: own if values[0] is self.parameters[0] else _shared(self.weights.read(values, exact=True), own)
+            for name, values in apart.items()
         }
+        optimizer = self._moments(self.optimizer.state_dict(), self.weights.whole)
+        beta = (self.config.objective.first_beta, self.kl_beta)
+        return {"version": self.version, "adapter": own, "optimizer": on_cpu(optimizer), "kl_beta": beta, **others}
+
+    def _moments(self, state: dict[str, Any], to: Callable[[int, Tensor], Tensor]) -> dict[str, Any]:
+        """An optimiser's state, with every tensor that has its parameter's shape made whole, or cut to this rank's part."""
+        if not self.weights.split:
+            return state
+        moved = {
+            i: {name: to(i, t) if hasattr(t, "ndim") and t.ndim else t for name, t in of.items()}
+            for i, of in state["state"].items()
+        }
+        return {**state, "state": moved}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """The inverse of ``state``.
@@ -306,10 +355,11 @@ class Learner:
         """
         for name, follower in (("old", self._old), ("average", self._average)):
             # Checkpoints of earlier versions hold neither: both were θ.
-            write_adapter(self.model.transformer, state.get(name, state["adapter"]))
+            self.weights.write(state.get(name, state["adapter"]))
             follow(follower, self.parameters, 0.0)
-        write_adapter(self.model.transformer, state["adapter"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.weights.write(state["adapter"])
+        self._moved = not _same(state.get("old", state["adapter"]), state["adapter"])
+        self.optimizer.load_state_dict(self._moments(state["optimizer"], self.weights.part))
         self.version = state["version"]
         o = self.config.optimizer  # what the configuration says now, not what the checkpoint was written with
         for group in self.optimizer.param_groups:
@@ -319,9 +369,9 @@ class Learner:
             self.kl_beta = adapted
 
     def save_adapter(self, folder: Path) -> Path:
-        """Write adapter/pytorch_lora_weights.safetensors for the stock pipeline."""
-        config = self.config.adapter
-        return self.model.save_adapter(folder, self.evaluation_adapter().tensors, config.rank, config.alpha)
+        """Write the result for the stock pipeline: a LoRA file, or a folder of the transformer's."""
+        tensors = self.evaluation_adapter().tensors
+        return self.weights.save(folder, tensors) if tensors else folder
 
 
 def on_cpu(state: dict[str, Any]) -> dict[str, Any]:
@@ -337,6 +387,30 @@ def _shared(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[st
     import torch
 
     return {name: own[name] if torch.equal(tensor, own[name]) else tensor for name, tensor in tensors.items()}
+
+
+def _same(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
+    import torch
+
+    return all(one[name] is two[name] or torch.equal(one[name], two[name]) for name in one)
+
+
+def _check_turns(config: RunConfig, model: Model) -> None:
+    """Of sharded experts, all learners have to call the same one at a time.
+
+    Raises:
+        ValueError: groups of one training step are trained at noise levels of their own.
+    """
+    from torch import nn
+
+    window, steps = config.sampling.window, config.sampling.steps
+    alike = len({window.select(steps, 0, seed).trained for seed in range(16)}) == 1 and config.objective.needs_noise
+    if isinstance(model.transformer, nn.ModuleDict) and not alike:
+        raise ValueError(
+            "placement.shard_base is true with a model of two experts, and groups of one step are trained at noise levels "
+            "of their own, so learners would put different experts together at a time; set sampling.window.shared=true "
+            "(and an objective that trains recorded steps), or shard_base=false"
+        )
 
 
 def in_order(seen: Sequence[Mapping[str, list[tuple[int, float]]]]) -> dict[str, list[float]]:

@@ -10,6 +10,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from grpo_flex.types import Adapter, UpdateBatch, UpdateResult
+from grpo_flex.weights import Parcel
 
 T = TypeVar("T")
 
@@ -34,15 +35,17 @@ class LearnerGroup:
         timeout_s: for one update.
         say: tells a person what happened.
         stopping: whether the run is being stopped, so that what died is not to be started again.
+        keeps: whether updates leave the state. Where they do not, there is nothing to start again from.
     """
 
     def __init__(
         self, start: Callable[[int], Any], size: int, *, restarts: int, timeout_s: float,
-        say: Callable[[str], None], stopping: Callable[[], bool] = lambda: False,
+        say: Callable[[str], None], stopping: Callable[[], bool] = lambda: False, keeps: bool = True,
     ) -> None:  # fmt: skip
-        self._start, self._size, self._say, self._stopping = start, size, say, stopping
+        self._start, self._size, self._say, self._stopping, self._keeps = start, size, say, stopping, keeps
         self._left, self._timeout_s = restarts, timeout_s
         self._state: ray.ObjectRef[dict[str, Any]] | None = None
+        self._begun: list[ray.ObjectRef[None]] = []
         self.restarts = 0
         self.actors = [start(rank) for rank in range(size)]
 
@@ -55,6 +58,13 @@ class LearnerGroup:
         if self._state is not None:
             ray.get([actor.load_state.remote(self._state) for actor in self.actors])
 
+    def begin(self, batch: UpdateBatch, of: int, step: int) -> None:
+        """Let all ranks begin an update of ``of`` groups with the first ones of them; returns at once.
+
+        ``update`` gives the same without it, so learners that are started again in between lose nothing but time.
+        """
+        self._begun += [actor.begin.remote(batch, of, step) for actor in self.actors]
+
     def update(self, batch: UpdateBatch, step: int) -> UpdateResult:
         """The update on all ranks; what one of them says of it, for all say the same."""
         return self._until_done(lambda: self._update(batch, step))
@@ -64,15 +74,17 @@ class LearnerGroup:
         return self._until_done(lambda: self._publish(role))
 
     def adapter_files(self) -> dict[str, bytes]:
-        made: Any = self._until_done(lambda: ray.get(self.actors[0].adapter_files.remote()))
-        return made
+        made: Any = self._until_done(lambda: ray.get([actor.adapter_files.remote() for actor in self.actors]))
+        return made[0]
 
     def state(self) -> dict[str, Any]:
-        """After the last completed step; needs no learner that is alive once there was an update."""
-        return ray.get(self.actors[0].state.remote() if self._state is None else self._state)
+        """After the last completed step; needs no learner that is alive once there was an update that left it."""
+        if self._state is not None:
+            return ray.get(self._state)
+        return ray.get([actor.state.remote() for actor in self.actors])[0]
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._state = ray.put(state)
+        self._state = ray.put(Parcel(state))
         ray.get([actor.load_state.remote(self._state) for actor in self.actors])
 
     def replace(self, lost: Any) -> None:
@@ -82,14 +94,15 @@ class LearnerGroup:
 
     def _update(self, batch: UpdateBatch, step: int) -> UpdateResult:
         called = [actor.update.remote(batch, step) for actor in self.actors]
-        results = _all([result for result, _ in called], self._timeout_s)
-        self._state = called[0][1]
-        return results[0]
+        refs: list[ray.ObjectRef[Any]] = [*self._begun, *(result for result, _ in called)]
+        *_, result = _all(refs, self._timeout_s)
+        self._begun, self._state = [], called[0][1] if self._keeps else None
+        return result
 
     def _publish(self, role: str) -> ray.ObjectRef[Adapter]:
-        receipt, adapter = self.actors[0].adapter.remote(role)
-        ray.get(receipt)
-        return adapter
+        called = [actor.adapter.remote(role) for actor in self.actors]
+        _all([receipt for receipt, _ in called], self._timeout_s)
+        return called[0][1]
 
     def _until_done(self, call: Callable[[], T]) -> T:
         while True:
@@ -101,9 +114,9 @@ class LearnerGroup:
     def _restore(self, reason: RayActorError | Hung) -> None:
         """End all learners and start them again from the newest state, as often as it takes."""
         while True:
-            if self._left == 0 or self._stopping():
+            if self._left == 0 or self._stopping() or not self._keeps:
                 raise reason
-            self._left, self.restarts = self._left - 1, self.restarts + 1
+            self._left, self.restarts, self._begun = self._left - 1, self.restarts + 1, []
             what = "hangs" if isinstance(reason, Hung) else "died"
             self._say(f"a learner {what}; starting again from the last completed step")
             for actor in self.actors:

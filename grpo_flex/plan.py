@@ -14,9 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from grpo_flex.config import ConfigError, RunConfig, override
+from grpo_flex.config import ConfigError, Full, RunConfig, override
 
 if TYPE_CHECKING:
+    from grpo_flex.learner import Learner
     from grpo_flex.types import Trajectories
 
 GIB = 2**30
@@ -50,10 +51,12 @@ class Plan:
     parameters: Mapping[str, int]
     """Of each component, without the adapter."""
     adapter: int
-    """Parameters of the adapter."""
+    """Parameters that are trained."""
     processes: tuple[Process, ...]
     stored: int
     """Bytes of one step's groups in Ray's object store, on the host: trajectories, encodings, media."""
+    published: int = 0
+    """Bytes of weights on the host: what was published, the learners' newest state, and copies that they keep there."""
     forward_flops: int
     """Of one denoising step of a whole group."""
     rollout_flops: int
@@ -99,7 +102,7 @@ def make_plan(config: RunConfig) -> Plan:
 
     parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in _modules(_blank(config)).items()}
     with without_weights():
-        learner, adapter, update = _learner(config)
+        learner, adapter, update, published = _learner(config)
         worker, forward, rollout, stored = _worker(config)
     groups = config.prompts.per_step
     return Plan(
@@ -108,6 +111,7 @@ def make_plan(config: RunConfig) -> Plan:
         adapter=adapter,
         processes=(_as_one(worker, learner),) if config.placement.colocated else (worker, learner),
         stored=groups * stored,
+        published=published,
         forward_flops=forward,
         rollout_flops=groups * rollout,
         update_flops=groups * update,
@@ -132,7 +136,8 @@ def _traceable(config: RunConfig) -> RunConfig:
     if memory is None:
         return config
     plain = replace(memory, offload=False, compile=False, attention="native", base_bits=0, encodings="")
-    return replace(config, generator=replace(config.generator, memory=plain))  # pyright: ignore[reportArgumentType]
+    adapter = replace(config.adapter, copies="device") if isinstance(config.adapter, Full) else config.adapter
+    return replace(config, adapter=adapter, generator=replace(config.generator, memory=plain))  # pyright: ignore[reportArgumentType]
 
 
 def _memory(config: RunConfig, field: str) -> Any:
@@ -164,13 +169,14 @@ def _modules(pipeline: Any) -> dict[str, Any]:
 
 
 def _weights(config: RunConfig, modules: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes of the frozen weights of each component; those of an adapter are counted elsewhere."""
+    """Bytes of the weights of each component; those of an adapter are counted elsewhere."""
+    full = isinstance(config.adapter, Full)
     bits = _memory(config, "base_bits") or 0
     sizes = {}
     for name, part in modules.items():
         quantised = bits if name.startswith("transformer") else 0
-        frozen = [p for p in part.parameters() if not p.requires_grad]
-        sizes[name] = sum(_size(p, quantised) for p in frozen) + sum(b.nbytes for b in part.buffers())
+        own = [p for p in part.parameters() if full or not p.requires_grad]
+        sizes[name] = sum(_size(p, quantised) for p in own) + sum(b.nbytes for b in part.buffers())
     return sizes
 
 
@@ -179,8 +185,8 @@ def _size(parameter: Any, bits: int) -> int:
     return parameter.numel() * bits // 8 if bits and parameter.ndim == 2 else parameter.nbytes
 
 
-def _learner(config: RunConfig) -> tuple[Process, int, int]:
-    """The learner, the adapter's parameters, and the FLOPs of one group's update."""
+def _learner(config: RunConfig) -> tuple[Process, int, int, int]:
+    """The learner, the parameters that it trains, the FLOPs of one group's update, and bytes of weights on the host."""
     import torch
 
     from grpo_flex.generators.blank import stand_in
@@ -196,7 +202,7 @@ def _learner(config: RunConfig) -> tuple[Process, int, int]:
     trained = live.now - sum(_weights(_traceable(config), _modules(model.pipeline)).values())
     trajectories = _trajectories(config, model.latent_shape)
     old = learner._old if config.optimizer.updates_per_rollout > 1 or config.objective.old_decay(1000) else ()
-    policy = BoundPolicy(model, stand_in(model), config.sampling.dynamics, learner.parameters, old)
+    policy = BoundPolicy(model, stand_in(model), config.sampling.dynamics, learner.weights, old)
 
     def one_pass() -> None:
         advantages = torch.zeros(config.sampling.group_size, device="meta")
@@ -207,15 +213,30 @@ def _learner(config: RunConfig) -> tuple[Process, int, int]:
     weights = _weights(config, _modules(model.pipeline))
     if _memory(config, "offload"):
         weights.pop("vae", None)
-    if place.shard_base:
-        weights = {n: math.ceil(s / place.learners) if n.startswith("transformer") else s for n, s in weights.items()}
+    full = config.adapter if isinstance(config.adapter, Full) else None
+    aside = sum(t.nbytes for t in learner.apart) if full and full.copies == "cpu" else 0
+    trained -= aside
+    parts = place.learners if place.shard_base else 1
+    weights = {n: math.ceil(s / parts) if n.startswith("transformer") else s for n, s in weights.items()}
     lasting = {f"weights: {name}": size for name, size in weights.items()}
-    lasting["adapter, gradient, averages, AdamW"] = trained
+    lasting[f"{'float32 weights' if full else 'adapter'}, gradient, averages, AdamW"] = (
+        math.ceil(trained / parts) if full else trained
+    )
     process = Process(
         name="learner", count=place.learners, gpus=place.learner_gpus, moment="update",
         parts=lasting | {"activations": spent.peak}, stays=lasting,
     )  # fmt: skip
-    return process, sum(p.numel() for p in learner.parameters), config.objective.passes(trajectories) * spent.flops
+    host = aside * (place.learners if parts == 1 else 1) + _published(config, learner)
+    count = sum(p.numel() for p in learner.parameters)
+    return process, count, config.objective.passes(trajectories) * spent.flops, host
+
+
+def _published(config: RunConfig, learner: Learner) -> int:
+    """What samples the present step and each one ahead, in the model's precision, and the state after an update."""
+    widths = [p.nbytes for p in learner.model.transformer.parameters() if p.requires_grad]
+    exact = sum(p.nbytes for p in learner.parameters)
+    state = 3 * exact + sum(t.nbytes for t in learner.apart) - sum(t.nbytes for t in learner.weights.kept)
+    return (1 + config.sampling.lookahead) * sum(widths) + (state if config.adapter.state_each_step else 0)
 
 
 def _trajectories(config: RunConfig, shape: tuple[int, int]) -> Trajectories:
@@ -256,6 +277,8 @@ def _worker(config: RunConfig) -> tuple[Process, int, int, int]:
         told = stand_in(model)
     torch.set_num_threads(threads)
     adapter = live.now - x.nbytes - sum(_weights(_traceable(config), _modules(model.pipeline)).values())
+    if isinstance(config.adapter, Full):
+        adapter = 0  # nothing of the kind; what is left are buffers
     with torch.no_grad():
         whole = cost(lambda: model.velocity(x, 1.0, told), live)
         alone = cost(lambda: model.velocity(x[:1], 1.0, told), live)
@@ -305,7 +328,7 @@ def _at_its_fullest(config: RunConfig, weights: Mapping[str, int], adapter: int,
     vae = {"weights: vae": weights["vae"]}
     leave, offload = _memory(config, "encodings") or _memory(config, "offload"), _memory(config, "offload")
     stays = {f"weights: {name}": s for name, s in weights.items() if name != "vae" and not name.startswith("text_")}
-    stays |= ({} if offload else vae) | ({} if leave else texts) | {"adapter": adapter}
+    stays |= ({} if offload else vae) | ({} if leave else texts) | ({"adapter": adapter} if adapter else {})
     moments = {
         "encoding": stays | texts,
         "denoising": stays | {"activations and latents": denoise},
@@ -348,6 +371,8 @@ def first_change(plan: Plan, gpus: int, gpu_memory: float) -> tuple[list[str], P
 def _changes(config: RunConfig) -> Iterator[str]:
     """From what costs least to what costs most: first precision, then time, then the size of a group."""
     yield "generator.dtype=bfloat16"
+    if config.placement.learners > 1 and not config.placement.colocated:
+        yield "placement.shard_base=true"
     yield "generator.memory.checkpoint_every=1"
     yield "generator.memory.encodings=encodings"
     yield "generator.memory.vae_slicing=true"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from grpo_flex.config import Full
 from grpo_flex.plan import GIB, Plan, Process, first_change
 
 TIGHT = 0.9
@@ -33,7 +34,12 @@ def _parameters(plan: Plan) -> Iterator[str]:
     yield "\nParameters"
     for name, count in plan.parameters.items():
         yield f"  {name:<36}{count / 1e6:>12,.1f} M"
-    yield f"  {f'adapter of rank {config.adapter.rank}':<36}{plan.adapter / 1e6:>12,.1f} M{_gib(4 * plan.adapter):>14} as a file"
+    if isinstance(config.adapter, Full):
+        trained = "trained: the whole transformer"
+        width = 2 if generator.dtype == "bfloat16" else 4  # pyright: ignore[reportAttributeAccessIssue]
+    else:
+        trained, width = f"adapter of rank {config.adapter.rank}", 4
+    yield f"  {trained:<36}{plan.adapter / 1e6:>12,.1f} M{_gib(width * plan.adapter):>14} as a file"
 
 
 def _process(process: Process) -> Iterator[str]:
@@ -59,7 +65,8 @@ def _step(plan: Plan, tflops: float, judge_rate: float) -> Iterator[str]:
     )
     for name, work, seconds, how in rows:
         yield f"  {name:<12}{work:>24}" + (f"{seconds:>12,.1f} s, {how}" if seconds else "")
-    yield f"  {'stored':<12}{_gib(plan.stored):>24} in the host's memory"
+    yield f"  {'stored':<12}{_gib(plan.stored):>24} in the host's memory: groups"
+    yield f"  {'':<12}{_gib(plan.published):>24} and weights: published, newest state, copies"
     if tflops:
         first = max(rollout, judge)
         whole = max(first, update) if sampling.lookahead else first + update

@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -64,19 +64,72 @@ class Ranks:
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
+    def clip(self, parameters: Sequence[nn.Parameter], most: float, split: bool) -> float:
+        """Scale all gradients down to a norm of ``most`` over all parameters; returns the norm that they had.
+
+        Args:
+            split: each rank has its own part of every parameter.
+        """
+        from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if split:
+            norm = norm.new_tensor(sum(self.gather(float(norm) ** 2)) ** 0.5)
+        clip_grads_with_norm_(parameters, most, norm)
+        return float(norm)
+
     def shard(self, transformer: nn.Module, whole: Sequence[nn.Parameter]) -> None:
         """Leave each rank a part of the transformer's weights (FSDP2); a block is put together while it computes.
 
-        Forward and backward passes are collective from then on: every rank has to do as many as the others.
+        Forward and backward passes are collective from then on: every rank has to do as many as the others. Gradients
+        of sharded weights are means over ranks, taken in float32.
+
+        Of a model with several experts each is put together by itself, so all ranks have to call the same one.
 
         Args:
             whole: parameters that every rank keeps whole, the adapter's.
         """
+        import torch
         from torch import nn
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         mesh = init_device_mesh(self.device.partition(":")[0], (self.size,))
-        lists = [child for child in transformer.children() if isinstance(child, nn.ModuleList)]
-        for module in [*(block for blocks in lists for block in blocks), transformer]:
-            fully_shard(module, mesh=mesh, ignored_params=set(whole))
+        experts = list(transformer.children()) if isinstance(transformer, nn.ModuleDict) else [transformer]
+        lists = [child for expert in experts for child in expert.children() if isinstance(child, nn.ModuleList)]
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        for module in [*(block for blocks in lists for block in blocks), *experts]:
+            # Nothing stays together after a pass, not even the root: other weights may be lent before the next one.
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=set(whole))
+
+
+# ---------------------------------------------------------------- parts of a tensor
+
+
+def own(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, in the same memory; of any other tensor, all of it."""
+    from torch.distributed.tensor import DTensor
+
+    detached = tensor.detach()
+    return detached.to_local() if isinstance(detached, DTensor) else detached
+
+
+def whole(part: Tensor, like: Tensor) -> Tensor:
+    """Put together, on every rank, what is divided among them as ``like`` is."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(like, DTensor):
+        return part
+    divided = DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+    return divided.full_tensor()
+
+
+def part(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a tensor that all ranks have, divided as ``like`` is; nothing is sent."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None).to_local()

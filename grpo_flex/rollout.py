@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from grpo_flex.config import RunConfig
-from grpo_flex.dynamics import Past, Step, step
+from grpo_flex.dynamics import Past, Selection, Step, step
 from grpo_flex.pictures import MOTION
 from grpo_flex.prompts import seed_for
 from grpo_flex.types import Adapter, Prompt, RolloutGroup, Sample, Trajectories
-from grpo_flex.weights import attach_adapter, write_adapter
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     from grpo_flex.generators.base import Conditioning, Model
 
-
+UNTRAINED = Adapter(version=-1, tensors={}, role="base")
+"""What a worker holds that was never given anything: the base model."""
 HELDOUT_BATCH = 16
 """Held-out prompts in one batch. A constant: pictures must not depend on the number of workers."""
 
@@ -46,36 +47,67 @@ class RolloutWorker:
         torch.set_num_threads(config.placement.threads_per_worker)
         self.config, self.name = config, name
         self.model = model or config.generator.load(device)
-        if model is None:
-            attach_adapter(self.model, config.adapter, config.seed)
-        self.loaded = (-1, "")
+        self.weights = None if model else config.adapter.attach(self.model, config.seed)
+        self.loaded = (UNTRAINED.version, str(UNTRAINED.role))
         """(version, role) of the adapter that the model holds."""
+
+    @property
+    def together(self) -> int:
+        """How many prompts ``sampling.batch_tokens`` lets into one forward pass; at least one."""
+        sampling, tokens = self.config.sampling, self.model.latent_shape[0]
+        branches = 2 if getattr(self.config.generator, "batched_guidance", False) else 1
+        return max(1, sampling.batch_tokens // (tokens * sampling.group_size * branches))
 
     def generate(self, step_index: int, prompt: Prompt, adapter: Adapter) -> RolloutGroup:
         """Sample the G siblings of one prompt with the given adapter."""
+        return self.generate_together(step_index, [prompt], adapter)[0]
+
+    def generate_together(self, step_index: int, prompts: Sequence[Prompt], adapter: Adapter) -> list[RolloutGroup]:
+        """A group for each of the prompts, which go through the transformer in one batch."""
         import torch
 
         began = time.perf_counter()
         self.use(adapter)
+        encoded = self.model.encode(prompts)
+        paths = [self._path(step_index, p, c) for p, c in zip(prompts, encoded, strict=True)]
+        with torch.no_grad():
+            for schedule in dict.fromkeys(path.sigmas for path in paths):
+                self._sample([path for path in paths if path.sigmas == schedule], schedule)
+        return [self._group(path, step_index, adapter, began, len(prompts)) for path in paths]
+
+    def _path(self, step_index: int, prompt: Prompt, conditioning: Conditioning) -> _Path:
         config = self.config.sampling
         seed = seed_for(self.config.seed, "rollout", step_index, prompt.id)
         seeds = tuple(seed_for(seed, sibling) for sibling in range(config.group_size))
-        conditioning = self.model.encode([prompt])[0]
-        with torch.no_grad():
-            trajectories, final = self._sample(conditioning, step_index, seed, seeds)
-        media = self.model.decode(final)
+        selection = config.window.select(config.steps, step_index, seed)
+        # From the same noise siblings are one until the first step with noise: that prefix is computed once.
+        return _Path(
+            prompt=prompt,
+            conditioning=conditioning,
+            seeds=seeds,
+            selection=selection,
+            sigmas=selection.schedule(self.model.sigmas(config.steps)),
+            generators=[_generator(seed_for(s, "sde")) for s in seeds],
+            x=self._noise([seed] if config.same_noise else seeds),
+        )
+
+    def _group(self, path: _Path, step_index: int, adapter: Adapter, began: float, together: int) -> RolloutGroup:
+        """The group at the end of a path; ``seconds`` is its share of the time that passed since ``began``."""
+        import torch
+
+        media = self.model.decode(path.x)
         pixels = torch.from_numpy(np.stack(media)).float() / 255
         return RolloutGroup(
             step=step_index,
-            prompt=prompt,
-            conditioning=conditioning,
+            prompt=path.prompt,
+            conditioning=path.conditioning,
             media_G=tuple(media),
-            diversity={"latent": mean_distance(final), "pixel": mean_distance(pixels)},
-            trajectories=trajectories,
-            seeds_G=seeds,
+            diversity={"latent": mean_distance(path.x), "pixel": mean_distance(pixels)},
+            trajectories=self._record(path),
+            seeds_G=path.seeds,
             policy_version=adapter.version,
             worker=self.name,
-            seconds=time.perf_counter() - began,
+            seconds=(time.perf_counter() - began) / together,
         )
 
     def evaluate(self, prompts: Sequence[Prompt], adapter: Adapter) -> list[Sample]:
@@ -98,7 +130,8 @@ class RolloutWorker:
         """Load the adapter unless it is loaded already."""
         if (adapter.version, adapter.role) != self.loaded:
             self.loaded = (-1, "")  # a write that fails half way leaves no adapter that could be used
-            write_adapter(self.model.transformer, adapter.tensors)
+            assert self.weights is not None, "a shared model is lent what it needs"
+            self.weights.write(adapter.tensors)
             self.loaded = (adapter.version, adapter.role)
 
     def sample_ode(self, conditioning: Conditioning, seeds: Sequence[int], steps: int) -> Tensor:
@@ -109,43 +142,89 @@ class RolloutWorker:
             x, past = self.config.sampling.eval_solver.advance(x, v, sigma, sigma_next, past), Past(v, sigma)
         return x
 
-    def _sample(
-        self, conditioning: Conditioning, iteration: int, seed: int, seeds: Sequence[int]
-    ) -> tuple[Trajectories, Tensor]:
-        """The trained steps of a group, and its clean latents [G, N, C]."""
-        config, objective = self.config.sampling, self.config.objective
-        selection = config.window.select(config.steps, iteration, seed)
-        sigmas = selection.schedule(self.model.sigmas(config.steps))
-        stochastic = selection.stochastic if config.dynamics.stochastic else frozenset()
-        trained = selection.trained if objective.needs_noise else ()
-        # From the same noise siblings are one until the first step with noise: that prefix is computed once.
-        x = self._noise([seed] if config.same_noise else seeds)
-        generators = [_generator(seed_for(s, "sde")) for s in seeds]
-        before: list[Tensor] = []
-        taken: list[Step] = []
-        past: Past | None = None
+    def _sample(self, paths: Sequence[_Path], sigmas: Sequence[float]) -> None:
+        """Take all paths from noise to clean latents, each with noise and solver as its own selection says."""
+        batch = _Batch(paths)
         for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-            x = _branched(x, len(seeds)) if i in stochastic else x
+            for path in paths:
+                path.x = _branched(path.x, len(path.seeds)) if i in self._stochastic(path) else path.x
+            x, conditioning = batch.now()
             v = self.model.velocity(x, sigma, conditioning)
-            if i not in stochastic:
-                x, past = config.solver.advance(x, v, sigma, sigma_next, past), Past(v, sigma)
-                continue
-            now = self._noisy_step(x, v, sigma, sigma_next, generators)
-            if i in trained:
-                before.append(x)
-                taken.append(now)
-            x, past = now.next_sample, None  # the path that a solver extrapolates ends where noise comes in
-        return _record(trained, sigmas, before, taken, objective.keeps_means, x, objective.keeps_final), x
+            for path, own in zip(paths, v.split([len(path.x) for path in paths]), strict=True):
+                self._advance(path, i, own, sigma, sigma_next)
 
-    def _noisy_step(
-        self, x: Tensor, v: Tensor, sigma: float, sigma_next: float, generators: list[torch.Generator]
-    ) -> Step:
-        noise = _normal(self.model.latent_shape, generators).to(x.device)
-        return step(self.config.sampling.dynamics, x, v, sigma, sigma_next, noise=noise)
+    def _stochastic(self, path: _Path) -> frozenset[int]:
+        return path.selection.stochastic if self.config.sampling.dynamics.stochastic else frozenset()
+
+    def _trained(self, path: _Path) -> tuple[int, ...]:
+        return path.selection.trained if self.config.objective.needs_noise else ()
+
+    def _advance(self, path: _Path, i: int, v: Tensor, sigma: float, sigma_next: float) -> None:
+        """One step of one path, from σ to the next."""
+        config = self.config.sampling
+        if i not in self._stochastic(path):
+            path.x, path.past = config.solver.advance(path.x, v, sigma, sigma_next, path.past), Past(v, sigma)
+            return
+        noise = _normal(self.model.latent_shape, path.generators).to(path.x.device)
+        now = step(config.dynamics, path.x, v, sigma, sigma_next, noise=noise)
+        if i in self._trained(path):
+            path.before.append(path.x)
+            path.taken.append(now)
+        path.x, path.past = now.next_sample, None  # the path that a solver extrapolates ends where noise comes in
+
+    def _record(self, path: _Path) -> Trajectories:
+        objective = self.config.objective
+        return _record(
+            self._trained(path),
+            path.sigmas,
+            path.before,
+            path.taken,
+            objective.keeps_means,
+            path.x,
+            objective.keeps_final,
+        )
 
     def _noise(self, seeds: Sequence[int]) -> Tensor:
         """Initial noise, one draw a seed, made on the CPU so that every device gets the same numbers."""
         return _normal(self.model.latent_shape, [_generator(seed_for(s, "start")) for s in seeds]).to(self.model.device)
+
+
+@dataclass(kw_only=True)
+class _Path:
+    """The siblings of one prompt on their way from noise to clean latents."""
+
+    prompt: Prompt
+    conditioning: Conditioning
+    seeds: tuple[int, ...]
+    selection: Selection
+    sigmas: tuple[float, ...]
+    generators: list[torch.Generator]
+    x: Tensor
+    """[G, N, C]; [1, N, C] while the siblings are still one."""
+    past: Past | None = None
+    before: list[Tensor] = field(default_factory=list)
+    taken: list[Step] = field(default_factory=list)
+    """The trained steps, and the latents before them."""
+
+
+class _Batch:
+    """Paths as one batch. Their conditionings are put together anew only where a path has branched."""
+
+    def __init__(self, paths: Sequence[_Path]) -> None:
+        self._paths, self._rows = paths, [0] * len(paths)
+        self._conditioning: Conditioning = {}
+
+    def now(self) -> tuple[Tensor, Conditioning]:
+        """Latents of all paths, and what conditions each row; one path's own, as it is, has a single row."""
+        import torch
+
+        if len(self._paths) == 1:
+            return self._paths[0].x, self._paths[0].conditioning
+        rows = [len(path.x) for path in self._paths]
+        if rows != self._rows:
+            each = [path.conditioning for path, n in zip(self._paths, rows, strict=True) for _ in range(n)]
+            self._rows, self._conditioning = rows, _together(each)
+        return torch.cat([path.x for path in self._paths]), self._conditioning
 
 
 def _together(conditionings: Sequence[Conditioning]) -> Conditioning:

@@ -36,7 +36,7 @@ def check_room(config: RunConfig, say: Callable[[str], None]) -> None:
     ask = "python -m grpo_flex plan says by which part, and what would help"
     if plan.lasting() > memory:
         raise ConfigError(
-            f"generator.model and adapter.rank need {plan.lasting() / GIB:.1f} GiB on one GPU for weights and optimiser alone, "
+            f"generator.model and adapter need {plan.lasting() / GIB:.1f} GiB on one GPU for weights and optimiser alone, "
             f"and this machine's have {memory / GIB:.1f} GiB; {ask}"
         )
     if plan.fullest() > memory:

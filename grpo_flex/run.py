@@ -143,7 +143,7 @@ def _run_to_the_end(trainer: Trainer) -> int:
         if status and not _saved(trainer):
             return status
     if not status:
-        trainer.cluster.save_adapter(trainer.log.run_dir / "adapter")
+        trainer.cluster.save_adapter(trainer.log.run_dir / trainer.config.adapter.folder)
     trainer.cluster.close_judge()
     return status
 
@@ -158,7 +158,7 @@ def _saved(trainer: Trainer) -> bool:
         trainer.console.note("the learner has ended too; the last checkpoint stands")
         return False
     try:
-        trainer.cluster.save_adapter(trainer.log.run_dir / "adapter")
+        trainer.cluster.save_adapter(trainer.log.run_dir / trainer.config.adapter.folder)
     except RayError:
         trainer.console.note(f"the learner has ended too; {where} is complete, the exported adapter is an older one")
         return False

@@ -60,12 +60,15 @@ class Flight:
     step: int
     prompts: Sequence[Prompt]
     jobs: list[Job] = field(default_factory=list)
+    """For each prompt; those that are sampled together have one in common."""
     asked: dict[int, ray.ObjectRef[list[Verdict]]] = field(default_factory=dict)
     scoring: dict[int, list[ray.ObjectRef[list[Verdict]]]] = field(default_factory=dict)
+    begun: list[np.ndarray] = field(default_factory=list)
+    """Advantages of its first groups, which the learners were given before the others were complete."""
 
     @property
     def groups(self) -> list[GroupRef]:
-        return [job.result for job in self.jobs]
+        return [group for job in dict.fromkeys(self.jobs) for group in job.results]
 
 
 class Trainer:
@@ -175,22 +178,21 @@ class Trainer:
     def learn(
         self, flight: Flight, verdicts: Sequence[Sequence[Verdict]], scores: Sequence[Sequence[Verdict]]
     ) -> dict[str, float]:
-        """Verdicts and scores -> rewards -> advantages -> update. Groups with too few verdicts are left out."""
-        config, groups, unusable = self.config, flight.groups, set(self._unusable(verdicts))
+        """Verdicts and scores -> rewards -> advantages -> update. Groups with too few verdicts are masked."""
+        groups, unusable = flight.groups, set(self._unusable(verdicts))
         usable = [i for i in range(len(groups)) if i not in unusable]
         said = [[*verdicts[i], *scores[i]] for i in usable]
-        prompts = [flight.prompts[i] for i in usable]
-        rewarded = [config.reward(config.sampling.group_size, v, p.id) for v, p in zip(said, prompts, strict=True)]
+        rewarded = [self._rewarded(flight, i, v) for i, v in zip(usable, said, strict=True)]
         self._check_rewards(rewarded, scores)
-        advantages, numbers = config.advantage(rewarded)
+        advantages, numbers = self.config.advantage(rewarded)
+        given = dict.fromkeys(range(len(groups)), np.full(self.config.sampling.group_size, np.nan))
+        given |= zip(usable, advantages, strict=True)
         report = self.cluster.judge_report()  # read beside the update, which takes longer
         with self._phase("update"):
-            batch = UpdateBatch(
-                groups=tuple(groups[i] for i in usable),
-                advantages=tuple(advantages),
-            )
+            batch = UpdateBatch(groups=tuple(groups), advantages=tuple(given.values()))
             result = self.cluster.update(batch, self.step)
         self._example = (groups[usable[0]], rewarded[0], said[0])
+        numbers["perf/early_groups"] = float(len(flight.begun))
         numbers |= reward_metrics(rewarded) | judge_metrics(verdicts) | scorer_metrics(scores)
         return numbers | self._outage_metrics(len(unusable)) | ray.get(report) | dict(result.metrics)
 
@@ -268,21 +270,53 @@ class Trainer:
     def _launch(self, step: int, adapter: AdapterRef) -> Flight:
         """Hand out the groups of a step to the workers."""
         flight = Flight(step=step, prompts=self.prompts.batch(step))
-        for i, prompt in enumerate(flight.prompts):
-            flight.jobs.append(self.cluster.generate(step, prompt, adapter, partial(self._ask_about, flight, i)))
+        for first in range(0, len(flight.prompts), self.cluster.together):
+            some = flight.prompts[first : first + self.cluster.together]
+            job = self.cluster.generate(step, some, adapter, partial(self._ask_about, flight, first))
+            flight.jobs += [job] * len(some)
         return flight
 
-    def _ask_about(self, flight: Flight, i: int, group: GroupRef) -> None:
+    def _ask_about(self, flight: Flight, first: int, *groups: GroupRef) -> None:
         """Judge and scorers begin with a group as soon as it exists; anew where it has to be sampled again."""
-        if self.config.judge is not None:
-            flight.asked[i] = self._ask(flight, i, group)
-        flight.scoring[i] = self.cluster.score(group)
+        for i, group in enumerate(groups, first):
+            if self.config.judge is not None:
+                flight.asked[i] = self._ask(flight, i, group)
+            flight.scoring[i] = self.cluster.score(group)
 
     def _ask(
         self, flight: Flight, i: int, group: GroupRef, previous: Sequence[Verdict] = ()
     ) -> ray.ObjectRef[list[Verdict]]:
         seed = seed_for(self.config.seed, "pairs", flight.step, flight.prompts[i].id)
         return self.cluster.judge(group, seed, previous)
+
+    def _begin(self) -> None:
+        """Give the learners the groups of the present step that are complete, in the order of the prompts.
+
+        Only a head start: ``learn`` gives the same without it. Where advantages depend on all groups there is none.
+        """
+        if not self._flights or not self.config.advantage.per_group:
+            return
+        flight = self._flights[0]
+        before = len(flight.begun)
+        while (i := len(flight.begun)) < len(flight.jobs) and (said := self._said(flight, i)) is not None:
+            flight.begun += self.config.advantage([self._rewarded(flight, i, said)])[0]
+        if len(flight.begun) > before:
+            batch = UpdateBatch(groups=tuple(flight.groups[: len(flight.begun)]), advantages=tuple(flight.begun))
+            self.cluster.begin(batch, len(flight.jobs), self.step)
+
+    def _said(self, flight: Flight, i: int) -> list[Verdict] | None:
+        """What judge and scorers said of a group; None while that is not all, or too little to use."""
+        if not flight.jobs[i].done:
+            return None
+        asked = [] if self.config.judge is None else [flight.asked[i]]
+        refs = [*asked, *flight.scoring[i]]
+        if refs and ray.wait(refs, num_returns=len(refs), timeout=0)[1]:
+            return None
+        said = ray.get(refs)
+        return None if self._unusable(said[: len(asked)]) else [v for given in said for v in given]
+
+    def _rewarded(self, flight: Flight, i: int, said: Sequence[Verdict]) -> RewardedGroup:
+        return self.config.reward(self.config.sampling.group_size, said, flight.prompts[i].id)
 
     def _unusable(self, verdicts: Sequence[Sequence[Verdict]]) -> list[int]:
         """Indices of the groups with too small a share of judged pairs; without a judge there is none."""
@@ -349,7 +383,7 @@ class Trainer:
         pending = list(refs)
         while pending:
             self._look()
-            _, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_S, fetch_local=False)
+            _, pending = ray.wait(pending, timeout=POLL_S, fetch_local=False)
 
     def _get(self, refs: Sequence[Any]) -> list[Any]:
         self._wait(refs)
@@ -362,9 +396,11 @@ class Trainer:
             time.sleep(min(POLL_S, left))
 
     def _look(self) -> None:
-        """Whether to stop, how processes and judge are doing (for ``status``), whether the judge needs a start."""
+        """Whether to stop, what the learners can begin with, how processes and judge are doing (for ``status``), whether
+        the judge needs a start."""
         if self._stop:
             raise Interrupted
+        self._begin()
         if time.monotonic() < self._next_look:
             return
         self._next_look = time.monotonic() + POLL_S

@@ -13,6 +13,7 @@ from diffusers import (
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     Flux2Transformer2DModel,
     FluxKontextPipeline,
     QwenImagePipeline,
@@ -25,6 +26,8 @@ from diffusers import (
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
@@ -59,24 +62,46 @@ def tiny_kontext() -> Any:
 
 def tiny_klein(distilled: bool = False) -> Any:
     torch.manual_seed(0)
+    return _still(
+        Flux2KleinPipeline(
+            **_flux2(guidance_embeds=False),
+            text_encoder=Qwen3ForCausalLM(Qwen3Config(**QWEN, num_hidden_layers=28)),  # layers 9, 18 and 27 are read
+            tokenizer=_chatty(16),
+            is_distilled=distilled,
+        )
+    )
+
+
+def tiny_flux2_dev() -> Any:
+    torch.manual_seed(0)
+    vision = {
+        "model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "image_size": 32, "patch_size": 16,
+    }  # fmt: skip
+    text = {"model_type": "mistral", **QWEN, "num_hidden_layers": 31}  # layers 10, 20 and 30 are read
+    tokenizer = tiny_tokenizer(64)  # the released pipeline has a PixtralProcessor, which needs torchvision
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% for c in m['content'] %}{{ c['text'] }} {% endfor %}of {% endfor %}"
+    )
+    config = Mistral3Config(vision_config=vision, text_config=text, image_token_index=2)
+    return _still(
+        Flux2Pipeline(
+            **_flux2(guidance_embeds=True), text_encoder=Mistral3ForConditionalGeneration(config), tokenizer=tokenizer
+        )
+    )
+
+
+def _flux2(guidance_embeds: bool) -> dict[str, Any]:
+    """What the pipelines of FLUX.2 have in common."""
     transformer = Flux2Transformer2DModel(
         in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=48, timestep_guidance_channels=8, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+        joint_attention_dim=48, timestep_guidance_channels=8, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=guidance_embeds,
     )  # fmt: skip
     vae = AutoencoderKLFlux2(**_vae(), latent_channels=4)
     assert vae.bn.running_mean is not None and vae.bn.running_var is not None
     vae.bn.running_mean.uniform_(-0.5, 0.5)
     vae.bn.running_var.uniform_(0.5, 2.0)
-    return _still(
-        Flux2KleinPipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(**DYNAMIC),
-            vae=vae,
-            text_encoder=Qwen3ForCausalLM(Qwen3Config(**QWEN, num_hidden_layers=28)),  # layers 9, 18 and 27 are read
-            tokenizer=_chatty(16),
-            transformer=transformer,
-            is_distilled=distilled,
-        )
-    )
+    return {"scheduler": FlowMatchEulerDiscreteScheduler(**DYNAMIC), "vae": vae, "transformer": transformer}
 
 
 def tiny_sd3() -> Any:

@@ -88,6 +88,13 @@ class Model(Protocol):
         """Write a LoRA file that the stock pipeline's ``load_lora_weights`` reads, scaling included."""
         ...
 
+    def save_weights(self, folder: Path, tensors: Mapping[str, Tensor]) -> Path:
+        """Write all of the transformer's parameters as a folder "transformer", which diffusers loads.
+
+        A pipeline takes it as ``from_pretrained(…, transformer=FluxTransformer2DModel.from_pretrained(folder))``.
+        """
+        ...
+
 
 def folder_problems(
     model: str, pipeline: str, hub_example: str, parts: Sequence[str] = ()
@@ -133,7 +140,7 @@ def load_pipeline(pipeline: str, model: str, **options: Any) -> Any:
 
     try:
         return getattr(diffusers, pipeline).from_pretrained(model, **options)
-    except (OSError, ValueError, AttributeError, TypeError, RuntimeError, HTTPError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RuntimeError, ImportError, HTTPError) as error:
         raise ValueError(
             f"generator.model {model!r} cannot be loaded as a {pipeline}: {error}\n{_way_out(error, pipeline, model)}"
         ) from error
@@ -150,6 +157,8 @@ def _way_out(error: BaseException | None, pipeline: str, model: str) -> str:
         return "The Hub knows no such model, or it is private: check the name, and set HF_TOKEN if it is yours."
     if causes & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "TransportError"}:
         return "The Hub cannot be reached from here: download the model where it can be, and give the folder's path."
+    if "ImportError" in causes:  # FLUX.2-dev's PixtralProcessor wants torchvision
+        return "Install the library that it names, built for the torch that is installed."
     return (
         f"Give a folder written by {pipeline}.save_pretrained, or a Hub id that this machine can reach "
         "(accept the model's licence on the Hub and set HF_TOKEN first, or download it elsewhere and pass its path)."
@@ -165,3 +174,15 @@ def write_lora(
         folder, transformer_lora_layers=dict(tensors), transformer_lora_adapter_metadata=metadata, weight_name=file
     )
     return Path(folder) / file
+
+
+def write_denoiser(denoiser: Any, folder: Path, tensors: Mapping[str, Tensor]) -> Path:
+    """A folder of one denoiser with these parameters, as its class's ``from_pretrained`` reads it."""
+    from huggingface_hub import save_torch_state_dict
+
+    folder.mkdir(parents=True, exist_ok=True)
+    denoiser.save_config(folder)
+    buffers = {name: t for name, t in denoiser.state_dict().items() if name not in tensors}
+    pattern = "diffusion_pytorch_model{suffix}.safetensors"
+    save_torch_state_dict({**tensors, **buffers}, folder, filename_pattern=pattern, max_shard_size="10GB")
+    return folder

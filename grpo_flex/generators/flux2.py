@@ -1,10 +1,11 @@
-"""FLUX.2-klein, text-to-image and editing, through diffusers' own classes.
+"""FLUX.2, klein and dev, text-to-image and editing, through diffusers' own classes.
 
 Time scale: t = σ. Latents: 2×2 blocks of the VAE's latents become channels, standardised by the running statistics of
 its batch norm, so N = (H/16)·(W/16) tokens of C = 4·latent_channels; positions are (time, row, column, text index), time
 0 for the sample and 10 for a source picture, whose tokens follow the sample's. The text is three inner layers of Qwen3
-side by side. Guidance: the base models are guided classifier-free, against the empty prompt and in both branches of
-rollout and update; the distilled ones (the pipeline says so) never. The adapter sits on all projections of both block kinds.
+(klein) or Mistral 3 (dev, after a system message of its own) side by side. Guidance: klein's base models are guided
+classifier-free, against the empty prompt and in both branches of rollout and update; the distilled ones (the pipeline says
+so) never; dev's is embedded. The adapter sits on all projections of both block kinds.
 
 Schedule: the model's own shift depends on size *and* number of steps; the default is the constant 3 (see ``flux``).
 """
@@ -59,10 +60,45 @@ class Flux2KleinEdit(Flux2Klein):
     edits: ClassVar[bool] = True
 
 
+@dataclass(frozen=True, kw_only=True)
+class Flux2Dev(Picture):
+    """FLUX.2-dev text-to-image. The limit of tokens includes those of the system message."""
+
+    guidance: float = 4.0
+    """Embedded guidance."""
+    shift: float = 3.0
+    """Time shift of the σ schedule; 0: the model's own schedule."""
+
+    pipeline: ClassVar[str] = "Flux2Pipeline"
+    example: ClassVar[str] = "black-forest-labs/FLUX.2-dev"
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from super().problems()
+        if self.guidance < 0:
+            yield "guidance", f"is {self.guidance}; embedded guidance is 0 or more"
+
+    def tokens(self, stock: Any, text: str) -> int:
+        from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+
+        chat = format_input([text], system_message=stock.system_message)
+        options: dict[str, Any] = {"add_generation_prompt": False, "tokenize": True, "return_dict": True}
+        return len(stock.tokenizer.apply_chat_template(chat, **options)["input_ids"][0])
+
+    def load(self, device: str) -> Flux2DevModel:
+        return Flux2DevModel(self, device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flux2DevEdit(Flux2Dev):
+    """The same model as an editor, as ``Flux2KleinEdit``."""
+
+    edits: ClassVar[bool] = True
+
+
 class Flux2KleinModel(PictureModel):
     """A loaded Flux2KleinPipeline."""
 
-    def __init__(self, config: Flux2Klein, device: str) -> None:
+    def __init__(self, config: Flux2Klein | Flux2Dev, device: str) -> None:
         import torch
 
         super().__init__(config, device)
@@ -95,12 +131,16 @@ class Flux2KleinModel(PictureModel):
         return self.transformer(
             hidden_states=tokens,
             timestep=x.new_full((len(x),), sigma).to(self.dtype),
-            guidance=None,
+            guidance=self._embedded(x),
             encoder_hidden_states=given["embeds"],
             txt_ids=self.pipeline._prepare_text_ids(given["embeds"][:1]).to(self.device),
             img_ids=self._ids,
             return_dict=False,
         )[0][:, : x.shape[1]]
+
+    def _embedded(self, x: Tensor) -> Tensor | None:
+        """Guidance that the transformer is told, [B]."""
+        return None
 
     def _mu(self, scheduler: Mapping[str, Any], steps: int) -> float:
         from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
@@ -115,3 +155,13 @@ class Flux2KleinModel(PictureModel):
         mean, std = vae.bn.running_mean, (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
         blocks = (x * std.to(x) + mean.to(x)).transpose(1, 2).unflatten(2, self._grid)
         return self.pipeline._unpatchify_latents(blocks)
+
+
+class Flux2DevModel(Flux2KleinModel):
+    """A loaded Flux2Pipeline."""
+
+    def _other_branch(self) -> tuple[str, ...]:
+        return ()
+
+    def _embedded(self, x: Tensor) -> Tensor:
+        return x.new_full((len(x),), self.config.guidance)

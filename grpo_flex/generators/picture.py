@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from grpo_flex.dynamics import shifted_sigmas
-from grpo_flex.generators.base import folder_problems, load_pipeline, write_lora
+from grpo_flex.generators.base import folder_problems, load_pipeline, write_denoiser, write_lora
 from grpo_flex.generators.encodings import Encodings, fingerprint
 from grpo_flex.generators.memory import Memory
 
@@ -299,6 +299,9 @@ class PictureModel:
 
     def save_adapter(self, folder: Path, tensors: Mapping[str, Tensor], rank: int, alpha: float) -> Path:
         return write_lora(self.pipeline, folder, tensors, rank, alpha)
+
+    def save_weights(self, folder: Path, tensors: Mapping[str, Tensor]) -> Path:
+        return write_denoiser(self.pipeline.transformer, folder / "transformer", tensors)
 
 
 def read_source(prompt: Prompt) -> Any:

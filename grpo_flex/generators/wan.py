@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from grpo_flex.dynamics import shifted_sigmas
-from grpo_flex.generators.base import LORA_FILE, SECOND_LORA_FILE, write_lora
+from grpo_flex.generators.base import LORA_FILE, SECOND_LORA_FILE, write_denoiser, write_lora
 from grpo_flex.generators.picture import NEGATIVE, Picture, PictureModel
 
 if TYPE_CHECKING:
@@ -217,9 +217,21 @@ class WanModel(PictureModel):
         if len(self._experts) == 1:
             return super().save_adapter(folder, tensors, rank, alpha)
         for expert, file in EXPERTS.items():
-            own = {k.removeprefix(f"{expert}."): v for k, v in tensors.items() if k.startswith(f"{expert}.")}
-            write_lora(self.pipeline, folder, own, rank, alpha, file)
+            write_lora(self.pipeline, folder, _of(expert, tensors), rank, alpha, file)
         return Path(folder) / LORA_FILE
+
+    def save_weights(self, folder: Path, tensors: Mapping[str, Tensor]) -> Path:
+        """A folder for each expert, named as the pipeline names it."""
+        if len(self._experts) == 1:
+            return super().save_weights(folder, tensors)
+        for name in EXPERTS:
+            write_denoiser(getattr(self.pipeline, name), folder / name, _of(name, tensors))
+        return folder / "transformer"
+
+
+def _of(expert: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one expert, by their names in it."""
+    return {k.removeprefix(f"{expert}."): v for k, v in tensors.items() if k.startswith(f"{expert}.")}
 
 
 def _call(expert: nn.Module, clips: Tensor, time: Tensor, text: Tensor) -> Tensor:

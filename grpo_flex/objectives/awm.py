@@ -32,6 +32,7 @@ class Awm(Anchored):
     """Noise levels for each sample and update."""
 
     keeps_final: ClassVar[bool] = True
+    needs_old: ClassVar[bool] = True
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from super().problems()

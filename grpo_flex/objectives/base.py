@@ -59,6 +59,10 @@ class Objective(Protocol):
     """Whether rollouts have to store μ_old."""
     keeps_final: ClassVar[bool] = False
     """Whether rollouts have to store x_0."""
+    needs_old: ClassVar[bool] = False
+    """Whether it asks for ``Policy.old_velocity``, or samples with a slower copy (``old_decay``)."""
+    needs_base: ClassVar[bool] = False
+    """Whether it asks for ``Policy.reference_velocity`` whatever β is."""
     still_at_zero: ClassVar[bool] = True
     """Whether zero advantages have no gradient (the pull to the base apart), so that such a group can be passed over."""
 

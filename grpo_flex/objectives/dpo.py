@@ -30,6 +30,7 @@ class Dpo(Objective):
     """Noise levels for each pair and update."""
 
     keeps_final: ClassVar[bool] = True
+    needs_base: ClassVar[bool] = True
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from draws_problem(self.draws)

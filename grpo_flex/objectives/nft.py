@@ -39,6 +39,7 @@ class Nft(Anchored):
     """Its largest value; 0 samples with the newest weights."""
 
     keeps_final: ClassVar[bool] = True
+    needs_old: ClassVar[bool] = True
     still_at_zero: ClassVar[bool] = False  # r = ½ pulls v back to v_old
 
     def problems(self) -> Iterator[tuple[str, str]]:

@@ -34,14 +34,6 @@ def numbers(run_dir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.startswith(VOLATILE)} for row in read_metrics(run_dir)]
 
 
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four steps that was never stopped."""
-    folder = tmp_path_factory.mktemp("straight")
-    assert main(["train", experiment(folder, steps=4)]) == 0
-    return folder
-
-
 def test_a_complete_run_leaves_what_it_promises(straight: Path) -> None:
     run_dir = straight / "runs" / "tiny"
     rows = read_metrics(run_dir)

@@ -12,7 +12,7 @@ from ray import cloudpickle
 
 from grpo_flex.actors import ColocatedActor, LearnerActor, RolloutActor
 from grpo_flex.config import ConfigError, RunConfig
-from grpo_flex.types import Prompt, Role, RolloutGroup
+from grpo_flex.types import Adapter, Prompt, Role, RolloutGroup
 from grpo_flex.weights import read_adapter
 from tests.invariants.test_learning import nudged
 
@@ -21,6 +21,12 @@ PROMPT = Prompt(id="p0", text="a red circle on a black background")
 
 def through_the_object_store(value: Any) -> Any:
     return cloudpickle.loads(cloudpickle.dumps(value))
+
+
+def sampled(actor: RolloutActor, step: int, adapter: Adapter) -> RolloutGroup:
+    seconds, group = actor.generate(step, [PROMPT], adapter)
+    assert isinstance(seconds, float) and seconds > 0 and isinstance(group, RolloutGroup)
+    return group
 
 
 def same(one: RolloutGroup, two: RolloutGroup) -> bool:
@@ -32,10 +38,10 @@ def test_a_worker_holds_what_was_published_bit_for_bit(config: RunConfig) -> Non
     learner, actor = LearnerActor(config, "cpu"), RolloutActor(config, "cpu", "rollout-0")
     nudged(learner.learner)
     version, adapter = learner.adapter("sampling")
-    seconds, group = actor.generate(0, PROMPT, through_the_object_store(adapter))
+    group = sampled(actor, 0, through_the_object_store(adapter))
     held = read_adapter(actor.worker.model.transformer, 0).tensors
     assert held.keys() == adapter.tensors.keys() and all(torch.equal(held[k], adapter.tensors[k]) for k in held)
-    assert group.policy_version == version == 0 and seconds > 0
+    assert group.policy_version == version == 0
 
 
 def test_an_adapter_of_another_age_is_refused(config: RunConfig) -> None:
@@ -43,15 +49,14 @@ def test_an_adapter_of_another_age_is_refused(config: RunConfig) -> None:
     _, adapter = learner.adapter("sampling")
     for step in (1, -1):
         with pytest.raises(ValueError, match=r"sampling.lookahead=0 allows 0 to 0"):
-            actor.generate(step, PROMPT, adapter)
+            actor.generate(step, [PROMPT], adapter)
     ahead = replace(config, sampling=replace(config.sampling, lookahead=1))
-    _, group = RolloutActor(ahead, "cpu", "rollout-0").generate(1, PROMPT, adapter)
-    assert group.policy_version == 0
+    assert sampled(RolloutActor(ahead, "cpu", "rollout-0"), 1, adapter).policy_version == 0
 
 
 def test_an_adapter_that_was_written_half_way_is_not_used(config: RunConfig) -> None:
     actor, adapter = RolloutActor(config, "cpu", "rollout-0"), LearnerActor(config, "cpu").adapter("sampling")[1]
-    actor.generate(0, PROMPT, adapter)
+    actor.generate(0, [PROMPT], adapter)
     name = next(iter(adapter.tensors))
     broken = replace(adapter, role="evaluation", tensors={**adapter.tensors, name: adapter.tensors[name][:-1]})
     with pytest.raises(ValueError, match="do not fit the model"):
@@ -71,7 +76,8 @@ def test_a_shared_model_samples_as_one_of_its_own_and_keeps_what_is_trained(conf
     expected = worker.generate(1, PROMPT, apart.adapter(role)[1])
     before = [p.detach().clone() for p in shared.learner.parameters]
     _, light = shared.adapter(role)
-    _, group = shared.generate(1, PROMPT, light)
+    _, group = shared.generate(1, [PROMPT], light)
+    assert isinstance(group, RolloutGroup)
     assert not light.tensors and same(group, expected)
     assert all(map(torch.equal, before, shared.learner.parameters))
 

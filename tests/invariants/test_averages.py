@@ -178,7 +178,7 @@ def test_lending_gives_back_also_after_an_error_and_keeps_the_gradient(config: R
     learner = after(config, 1)
     group = _group(config, learner, PROMPT)
     old = [torch.zeros_like(p) for p in learner.parameters]
-    policy = BoundPolicy(learner.model, group.conditioning, config.sampling.dynamics, learner.parameters, old)
+    policy = BoundPolicy(learner.model, group.conditioning, config.sampling.dynamics, learner.weights, old)
     x = torch.ones(2, 4, 16)
 
     def gradient(in_between: bool) -> list[torch.Tensor]:
@@ -192,7 +192,7 @@ def test_lending_gives_back_also_after_an_error_and_keeps_the_gradient(config: R
 
     assert all(torch.equal(a, b) for a, b in zip(gradient(False), gradient(True), strict=True))
     same = [p.detach().clone() for p in learner.parameters]
-    as_sampled = BoundPolicy(learner.model, group.conditioning, config.sampling.dynamics, learner.parameters, same)
+    as_sampled = BoundPolicy(learner.model, group.conditioning, config.sampling.dynamics, learner.weights, same)
     assert torch.equal(as_sampled.old_velocity(x, 0.5), as_sampled.velocity(x, 0.5))
     before = theta(learner)
     with pytest.raises(KeyError), lent(learner.parameters, old):

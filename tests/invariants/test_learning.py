@@ -120,6 +120,23 @@ def test_masked_and_missing_groups_divide_the_loss_rightly(config: RunConfig) ->
     assert all(torch.equal(a, b) for a, b in zip(alone, found, strict=True))
 
 
+@pytest.mark.parametrize("updates", [1, 2])
+def test_a_head_start_changes_no_bit(config: RunConfig, updates: int) -> None:
+    config = replace(config, optimizer=replace(config.optimizer, updates_per_rollout=updates))
+    prompts = [Prompt(id=f"p{i}", text=f"a {colour} square") for i, colour in enumerate(("red", "green", "blue"))]
+    advantages = [np.array(a) for a in ([1.0, -1.0, 0.5, -0.5], [1.0, np.nan, np.nan, -1.0], [np.nan] * 4)]
+    straight, begun = Learner(config), Learner(config)
+    for step in range(2):
+        groups = rolled_out(config, replace(straight.adapter(), version=0), prompts)
+        groups = [replace(group, policy_version=step) for group in groups]
+        before = [p.detach().clone() for p in begun.parameters]
+        for first in (1, 1, 2):
+            begun.begin(groups[:first], advantages[:first], len(groups), step)
+        assert all(map(torch.equal, before, begun.parameters))
+        assert begun.update(groups, advantages, step) == straight.update(groups, advantages, step)
+        assert all(map(torch.equal, straight.parameters, begun.parameters))
+
+
 def test_kl_pulls_back_to_the_base(config: RunConfig) -> None:
     learner = Learner(replace(config, objective=Grpo(kl_beta=1.0), optimizer=replace(config.optimizer, lr=1e-3)))
     groups = rolled_out(learner.config, nudged(learner))

@@ -16,7 +16,7 @@ from PIL import Image
 from grpo_flex.config import Adapter
 from grpo_flex.dynamics import FlowSde, step
 from grpo_flex.generators.flux import Flux, FluxKontext
-from grpo_flex.generators.flux2 import Flux2Klein, Flux2KleinEdit
+from grpo_flex.generators.flux2 import Flux2Dev, Flux2DevEdit, Flux2Klein, Flux2KleinEdit
 from grpo_flex.generators.qwen_image import QwenImage
 from grpo_flex.generators.sd3 import Sd3
 from grpo_flex.generators.z_image import ZImage
@@ -50,6 +50,8 @@ CASES = {
     "klein": Case(make=tiny.tiny_klein, generator=Flux2Klein, call={"guidance_scale": 4.0}, latents="grid"),
     "klein-distilled": Case(make=lambda: tiny.tiny_klein(distilled=True), generator=Flux2Klein, latents="grid"),
     "klein-edit": Case(make=tiny.tiny_klein, generator=Flux2KleinEdit, call={"guidance_scale": 4.0}, latents="grid"),
+    "flux2-dev": Case(make=tiny.tiny_flux2_dev, generator=Flux2Dev, settings={"max_sequence_length": 64}, call={"guidance_scale": 4.0}, latents="grid"),
+    "flux2-dev-edit": Case(make=tiny.tiny_flux2_dev, generator=Flux2DevEdit, settings={"max_sequence_length": 64}, call={"guidance_scale": 4.0}, latents="grid"),
     "sd3": Case(make=tiny.tiny_sd3, generator=Sd3, settings={"negative": "blue"}, call={"guidance_scale": 7.0, "negative_prompt": "blue"}, latents="grid"),
     "qwen-image": Case(make=tiny.tiny_qwen_image, generator=QwenImage, settings={"max_sequence_length": 64}, call={"true_cfg_scale": 4.0, "negative_prompt": " "}),
     "z-image": Case(make=tiny.tiny_z_image, generator=ZImage, settings={"guidance": 5.0}, call={"guidance_scale": 5.0}, latents="grid"),

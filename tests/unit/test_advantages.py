@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from grpo_flex.advantages import (
+    Advantage,
+    BestAndWorst,
     Gdpo,
     GroupRelative,
     LogTamed,
@@ -45,6 +47,20 @@ def test_alpha_at_its_ends_uses_one_part_only() -> None:
     np.testing.assert_array_equal(GroupRelative(alpha=0.0)([mixed])[0][0], [1.0, -1.0, NAN])
     (by_dim,), _ = GroupRelative(alpha=1.0)([mixed])
     np.testing.assert_allclose(by_dim, np.array([-0.5, 0.5, 0.0]) / np.sqrt(1 / 6), atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    "advantage",
+    [GroupRelative(), GroupRelative(scale="batch"), WeightedSum(), Pareto(), Gdpo(), LogTamed(), BestAndWorst()],
+    ids=lambda a: type(a).__name__,
+)
+def test_only_where_other_groups_do_not_matter_may_a_group_be_learnt_from_before_them(advantage: Advantage) -> None:
+    """Also says that those which do wait have a reason to."""
+    spreads = ([2.0, 2.1, 2.3, NAN], [0.0, 9.0, 0.5, 4.0], [1.0, 1.0, 1.0, 1.0])
+    parts = [{"overall": np.array(s), "dim": np.array([s[1], s[2], s[0], s[3]])} for s in spreads]
+    groups = [RewardedGroup(prompt_id="p", rewards_G=p["overall"], breakdown_G=p) for p in parts]
+    together, alone = advantage(groups)[0], [advantage([group])[0][0] for group in groups]
+    assert all(map(np.array_equal, together, alone, [True] * 3)) == advantage.per_group
 
 
 def test_without_anchors_it_is_plainly_group_relative() -> None:

@@ -82,6 +82,9 @@ def test_a_worker_that_dies_too_often_is_done_without_and_the_last_one_is_missed
     assert len(fleet.workers) == 1 and "going on without it" in said[0]
     (last,) = fleet.workers.values()
     ray.kill(last.actor)
+    with pytest.raises(RayActorError):  # which takes a moment
+        while True:
+            ray.get(last.actor.pid.remote())
     with pytest.raises(Stranded, match="every rollout worker has died too often"):
         fleet.wait([fleet.submit("double", 2)])
 
@@ -108,6 +111,10 @@ class _Adder:
 
     def ready(self) -> None: ...
 
+    def begin(self, batch: UpdateBatch, of: int, step: int) -> None:
+        if of == 0:
+            raise ValueError("out of memory")
+
     @ray.method(num_returns=2)
     def update(self, batch: UpdateBatch, step: int) -> tuple[UpdateResult, dict[str, int] | None]:
         if self.total + step == self.at and self.rank == 1 and (self.fate == "fails" or not self.met.exists()):
@@ -131,9 +138,15 @@ def group_of(fate: str, folder: Path, restarts: int = 1) -> tuple[LearnerGroup, 
     return group, said
 
 
+NOTHING = UpdateBatch(groups=(), advantages=())
+
+
 def totals(group: LearnerGroup) -> list[int]:
-    batch = UpdateBatch(groups=(), advantages=())
-    return [group.update(batch, step).policy_version for step in (1, 2, 3, 4)]
+    found = []
+    for step in (1, 2, 3, 4):
+        group.begin(NOTHING, 2, step)
+        found.append(group.update(NOTHING, step).policy_version)
+    return found
 
 
 @pytest.mark.parametrize("fate", ["dies", "hangs"])
@@ -154,4 +167,8 @@ def test_a_learner_that_fails_by_itself_is_an_error(tmp_path: Path) -> None:
     group, said = group_of("fails", tmp_path)
     with pytest.raises(RayTaskError, match="out of memory"):
         totals(group)
+    group, _ = group_of("fails", tmp_path)
+    group.begin(NOTHING, 0, 1)  # its gradient would be half there
+    with pytest.raises(RayTaskError, match="out of memory"):
+        group.update(NOTHING, 1)
     assert said == []

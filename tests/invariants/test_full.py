@@ -1,0 +1,216 @@
+"""Full fine-tuning: the right weights move, guards still have their base, resume is exact, what arrives is what was sent."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from ray import cloudpickle
+
+from grpo_flex.actors import LearnerActor, RolloutActor
+from grpo_flex.config import ConfigError, Full, RunConfig
+from grpo_flex.evaluate import read_weights
+from grpo_flex.learner import BoundPolicy, Learner
+from grpo_flex.objectives.grpo import Grpo
+from grpo_flex.objectives.nft import Nft
+from grpo_flex.plan import make_plan
+from grpo_flex.rollout import UNTRAINED, RolloutWorker
+from grpo_flex.types import Prompt, RolloutGroup
+from grpo_flex.weights import Parcel
+from tests.configs import tiny_config
+from tests.invariants.test_ranks import both, several, trained
+
+PROMPT = Prompt(id="p0", text="a red circle on a black background")
+ADVANTAGES = np.array([1.0, -1.0, 0.5, -0.5])
+
+
+@pytest.fixture
+def full(config: RunConfig) -> RunConfig:
+    return whole(config)
+
+
+def whole(config: RunConfig, **changes: Any) -> RunConfig:
+    changes = {"objective": Grpo(clip=0.2), **changes}
+    return replace(config, adapter=Full(), optimizer=replace(config.optimizer, lr=1e-3, ema=0.9), **changes)
+
+
+def after(config: RunConfig, steps: int, learner: Learner | None = None) -> Learner:
+    learner, worker = learner or Learner(config), RolloutWorker(config)
+    for _ in range(steps):
+        group = worker.generate(learner.version, PROMPT, learner.adapter())
+        learner.update([group], [ADVANTAGES], learner.version)
+    return learner
+
+
+def transformer(config: RunConfig) -> dict[str, torch.Tensor]:
+    generator: Any = config.generator
+    return FluxTransformer2DModel.from_pretrained(generator.model, subfolder="transformer").state_dict()
+
+
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_a_step_moves_all_weights_from_a_ratio_of_one_and_keeps_the_base(full: RunConfig) -> None:
+    base, learner = transformer(full), Learner(full)
+    group = RolloutWorker(full).generate(0, PROMPT, learner.adapter())
+    metrics = learner.update([group], [ADVANTAGES], 0).metrics
+    assert metrics["policy/first_log_ratio_abs"] == 0
+    now = dict(learner.adapter().tensors)
+    still = [name for name in base if torch.equal(base[name], now[name])]
+    assert now.keys() == base.keys() and not still
+    assert same(dict(learner.base_adapter().tensors), base)
+    assert metrics["policy/base_distance"] > 0  # by the model itself, after the step
+    policy = BoundPolicy(learner.model, group.conditioning, full.sampling.dynamics, learner.weights)
+    plain = full.generator.load("cpu")
+    x = torch.ones(2, *learner.model.latent_shape)
+    with torch.no_grad():
+        assert torch.equal(policy.reference_velocity(x, 0.5), plain.velocity(x, 0.5, group.conditioning))
+        assert not torch.equal(policy.velocity(x, 0.5), policy.reference_velocity(x, 0.5))
+
+
+def test_gradients_are_those_of_plain_backward(full: RunConfig) -> None:
+    learner, plain = Learner(full), full.generator.load("cpu")
+    plain.transformer.requires_grad_(True)
+    (conditioning,) = plain.encode([PROMPT])
+    x = torch.randn(2, *plain.latent_shape, generator=torch.Generator().manual_seed(0))
+    for model in (plain, learner.model):
+        for _ in range(2):  # the second pass adds up
+            model.velocity(x, 0.7, conditioning).square().mean().backward()
+    for p, master in zip(plain.transformer.parameters(), learner.parameters, strict=True):
+        assert p.grad is not None and master.grad is not None and torch.equal(p.grad, master.grad)
+
+
+OBJECTIVES = {"kl": Grpo(clip=0.2, kl_beta=0.1, kl_target=1e-4), "nft": Nft(old_rate=0.5)}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=[*OBJECTIVES])
+def test_a_resume_is_exact(config: RunConfig, objective: Any, tmp_path: Path) -> None:
+    config = whole(config, objective=objective)
+    torch.save(after(config, 2).state(), tmp_path / "state.pt")
+    resumed = Learner(config)
+    resumed.load_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    straight, resumed = after(config, 4).state(), after(config, 2, resumed).state()
+    for part in ("adapter", "old", "average"):
+        assert same(straight[part], resumed[part])
+    lags = (objective is OBJECTIVES["nft"]) != same(straight["old"], straight["adapter"])
+    assert lags and not same(straight["average"], straight["adapter"])
+
+
+def test_what_a_worker_holds_is_what_was_published_bit_for_bit(full: RunConfig) -> None:
+    generator: Any = replace(full.generator, dtype="bfloat16")  # pyright: ignore[reportArgumentType]
+    full = replace(full, generator=generator)
+    learner, actor = LearnerActor(full, "cpu"), RolloutActor(full, "cpu", "rollout-0")
+    after(full, 1, learner.learner)
+    _, adapter = learner.adapter("sampling")
+    assert adapter is not None
+    arrived = cloudpickle.loads(cloudpickle.dumps(adapter))
+    worker = actor.worker
+    worker.use(arrived)
+    held = dict(worker.model.transformer.state_dict())
+    assert same(held, dict(adapter.tensors)) and all(t.dtype == torch.bfloat16 for t in held.values())
+    assert same(held, dict(learner.learner.model.transformer.state_dict()))  # what the learner itself computes with
+    group = worker.generate(1, PROMPT, arrived)
+    metrics = learner.learner.update([group], [ADVANTAGES], 1).metrics
+    assert metrics["policy/first_log_ratio_abs"] == 0
+    assert all(p.dtype == torch.float32 for p in learner.learner.parameters)
+    broken = replace(arrived, role="evaluation", tensors={k: t[:-1] for k, t in adapter.tensors.items()})
+    with pytest.raises(ValueError, match=r"do not fit the model.*generator\.model"):
+        worker.use(broken)
+
+
+def test_a_parcel_travels_beside_the_pickle_and_keeps_what_is_shared() -> None:
+    shared = torch.randn(300, 100).bfloat16()
+    sent = {"a": {"x": shared, "empty": torch.zeros(0, 3)}, "b": [shared, 3], "c": torch.tensor(2.5)}
+    buffers: list[pickle.PickleBuffer] = []
+    pickled = cloudpickle.dumps(Parcel(sent), protocol=5, buffer_callback=buffers.append)
+    assert len(pickled) < 3000 and sum(b.raw().nbytes for b in buffers) == shared.nbytes + 4
+    got = pickle.loads(pickled, buffers=buffers)
+    assert type(got) is dict and torch.equal(got["a"]["x"], shared) and got["a"]["x"].dtype == torch.bfloat16
+    assert got["b"][0] is got["a"]["x"] and got["c"].shape == () and got["a"]["empty"].shape == (0, 3)
+
+
+def test_the_exported_folder_gives_the_same_pictures(full: RunConfig, tmp_path: Path) -> None:
+    learner = after(full, 2)
+    files = LearnerActor(full, "cpu")
+    files.__dict__["learner"] = learner
+    for name, content in files.adapter_files().items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    generator: Any = full.generator
+    stock: Any = FluxPipeline.from_pretrained(
+        generator.model, transformer=FluxTransformer2DModel.from_pretrained(tmp_path / "transformer")
+    )
+    assert same(read_weights(tmp_path), dict(learner.evaluation_adapter().tensors))
+    stock.save_pretrained(tmp_path / "pipeline")
+    other = RolloutWorker(replace(full, generator=replace(generator, model=str(tmp_path / "pipeline"))))
+    ours = RolloutWorker(full)
+    (before,) = ours.evaluate([PROMPT], UNTRAINED)
+    (one,), (two,) = ours.evaluate([PROMPT], learner.evaluation_adapter()), other.evaluate([PROMPT], UNTRAINED)
+    assert np.array_equal(one.media, two.media) and not np.array_equal(one.media, before.media)
+
+
+def test_two_learners_with_a_half_of_the_weights_each_equal_one(tmp_path: Path) -> None:
+    def config(**placement: Any) -> RunConfig:
+        made = several(whole(tiny_config(tmp_path)), 0.01, **placement)
+        return replace(made, sampling=replace(made.sampling, steps=3))
+
+    one, (first, second) = trained(config(learners=1)), both(config(learners=2, shard_base=True), tmp_path)
+    assert first["stored"] + second["stored"] == one["stored"] and first["stored"] < 0.6 * one["stored"]
+    assert not second["state"]["adapter"]  # rank 0 alone has the whole
+    for part in ("adapter", "average"):
+        for name, tensor in one["state"][part].items():
+            torch.testing.assert_close(first["state"][part][name], tensor, rtol=1e-3, atol=2e-5)
+    for step in (0, 1):
+        assert first["metrics"][step] == second["metrics"][step]
+        assert first["metrics"][step] == pytest.approx(one["metrics"][step], rel=2e-2, abs=1e-6)
+    assert first["metrics"][0]["policy/grad_norm"] == pytest.approx(one["metrics"][0]["policy/grad_norm"], rel=1e-5)
+    # The whole state fits one learner, which goes on from it.
+    alone = Learner(config(learners=1))
+    alone.load_state(first["state"])
+    assert same(alone.state()["adapter"], first["state"]["adapter"])
+    moments = alone.optimizer.state_dict()["state"]
+    assert all(
+        torch.equal(moments[i]["exp_avg"], of["exp_avg"]) for i, of in first["state"]["optimizer"]["state"].items()
+    )
+
+
+def test_the_plan_counts_masters_moments_and_copies(full: RunConfig) -> None:
+    plan = make_plan(full)
+    worker, learner = plan.processes
+    weights = 4 * plan.adapter
+    trained = learner.parts["float32 weights, gradient, averages, AdamW"]
+    assert plan.adapter == plan.parameters["transformer"] and learner.parts["weights: transformer"] >= weights
+    assert trained == pytest.approx(4 * weights, rel=0.02) and "adapter" not in worker.parts
+    # Published; state with its average; copies of base and average on the CPU.
+    assert plan.published == pytest.approx((1 + 4 + 2) * weights, rel=0.01)
+    on_device = make_plan(replace(full, adapter=Full(copies="device", state_each_step=False)))
+    assert on_device.processes[1].parts["float32 weights, gradient, averages, AdamW"] == pytest.approx(
+        6 * weights, rel=0.02
+    )
+    assert on_device.published == weights
+
+
+def test_who_needs_the_base_is_told(full: RunConfig) -> None:
+    bare = replace(full, adapter=Full(keep_base=False), objective=Grpo(kl_beta=0.1))
+    with pytest.raises(
+        ConfigError, match=r"adapter\.keep_base is false, but objective .*(.|\n)*evaluation\.versus_base"
+    ):
+        bare.validate()
+    metrics = Learner(replace(bare, objective=Grpo())).update(_groups(full), [ADVANTAGES], 0).metrics
+    assert "policy/base_distance" not in metrics
+
+
+def _groups(config: RunConfig) -> list[RolloutGroup]:
+    worker = RolloutWorker(config)
+    return [worker.generate(0, PROMPT, replace(UNTRAINED, version=0, role="sampling", tensors=_held(worker)))]
+
+
+def _held(worker: RolloutWorker) -> dict[str, torch.Tensor]:
+    return {name: t.clone() for name, t in worker.model.transformer.state_dict().items()}
