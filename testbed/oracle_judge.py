@@ -18,6 +18,7 @@ import io
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ import urllib.request
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
     from testbed.video_oracle import ClipScore
 
+_ANSWERS = re.compile(r"\nAnswer 1:\n(.*)\n\nAnswer 2:\n(.*)\n\nReply with", re.DOTALL)
 MODEL = "UnifiedReward"
 CACHED_SCORES = 20_000
 NEAR = 0.02  # smaller differences of one measure are none
@@ -63,7 +66,8 @@ class OracleJudge:
     """Probability of a reply that is no verdict."""
     style: str = "flex"
     """ "trace": two pictures or clips are answered with a tiny judge's trace (`testbed.judge_trace`, `video_judge_trace`),
-    as by its teacher; a pair without a better one is refused."""
+    as by its teacher; a pair without a better one is refused. Of two such traces it says which is nearer to its own
+    (`reward_server.families.reasoning`)."""
     seed: int = 0
     port: int = 0
     """0: any free port."""
@@ -191,7 +195,9 @@ class Judging:
         if len(scores) == 1:
             return point_reply(scores[0], rng if rng.random() < self.settings.noise else None)
         if self.settings.style == "trace":
-            return self._trace(caption, candidates, rng)
+            answers = _ANSWERS.search(text)
+            own = self._trace(caption, candidates, rng)
+            return own if answers is None else reasoning_reply(own, answers.groups())
         winners = self._winners(scores[0], scores[1], rng)
         return flex_reply(scores[0], scores[1], winners, "video" if len(urls) > 2 else "image")
 
@@ -225,6 +231,15 @@ class Judging:
         if noisy:
             return (tosses[0], tosses[1], tosses[2], tosses[3])
         return winners(one, two, tosses[3])
+
+
+def reasoning_reply(own: str, answers: Sequence[str]) -> str:
+    """Which of two traces has more in common with the teacher's own; "neither" where both have as much."""
+    first, second = (
+        SequenceMatcher(None, own.split('"'), answer.split('"'), autojunk=False).ratio() for answer in answers
+    )
+    winner = "neither" if first == second else f"Answer {1 if first > second else 2}"
+    return json.dumps({"reason": "It is nearer to what the oracle sees.", "winner": winner})
 
 
 def _picture_trace(caption: str, candidates: Sequence[Sequence[str]]) -> tuple[list[str], tuple[str, str]]:

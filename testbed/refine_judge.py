@@ -98,15 +98,18 @@ def distil_traces(training: JudgeTraining, preferences: Path) -> None:
 
 
 def sample_pairs(training: JudgeTraining, judge: Path) -> None:
-    """Serves stage 1's judge by vLLM and samples two traces for each preference."""
+    """Serves stage 1's judge by vLLM and samples two traces for each preference; the oracle is the judge of reasoning."""
     counts = training.folder / pairs.COUNTS
     if counts.exists() and not json.loads(counts.read_text())["unanswered"]:
         return
     # vLLM computes half precision on a CPU in bfloat16; the card's numbers are float32's.
     server = VllmJudge(model=str(judge), max_model_len=2048, kv_cache_gb=1, extra=("--dtype", "float32"))
-    with server.start(training.folder / "vllm") as running:
+    teacher = OracleJudge(style="trace")
+    with server.start(training.folder / "vllm") as running, teacher.start(training.folder) as reasoning:
         endpoint = replace(training.pairs.endpoint, url=running.endpoints[0], model=server.served_name)
-        asked = replace(training, pairs=replace(training.pairs, endpoint=endpoint))
+        asked = replace(
+            training, pairs=replace(training.pairs, endpoint=endpoint, reasoning=Endpoint(url=reasoning.endpoints[0]))
+        )
         print(json.dumps(asyncio.run(pairs.build(asked)), indent=1), flush=True)
 
 

@@ -13,15 +13,17 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from reward_server.ask import data_url
 from reward_server.asking import Endpoint
 from reward_server.families.flex import Flex, parse
+from reward_server.families.reasoning import Reasoning
 from reward_server.families.unified import Unified2Point, parse_point2
 from testbed import judge_data, judge_model, judge_trace, train_judge
 from testbed import scenes as world
 from testbed.judge_data import Bank, Material, Pair
 from testbed.judge_model import new_model, new_tokenizer, patches, reply_ids, request_ids, token_ids
 from testbed.measure_judge import ask, score, summary
-from testbed.oracle_judge import OracleJudge, Score
+from testbed.oracle_judge import Judging, OracleJudge, Score
 from testbed.train_judge import JudgeConfig, Stage
 
 
@@ -249,3 +251,14 @@ def test_scores_of_single_pictures_name_the_winner_of_a_pair(pairs: list[Pair], 
 
 def _alignment_decides(one: Score, two: Score) -> bool:
     return abs(one.alignment - two.alignment) > 0.4 and abs(one.quality - two.quality) < 0.2
+
+
+def test_the_teacher_knows_the_better_reasoned_of_two_traces(pairs: list[Pair]) -> None:
+    judging = Judging(OracleJudge(style="trace"))
+    for pair in pairs[:6]:
+        own, worse = text_of(pair), text_of(pair.swapped())
+        for answers, expected in (((own, worse), 0), ((worse, own), 1), ((worse, worse), 0.5)):
+            family = Reasoning(answers=answers)
+            urls = [[data_url(Image.fromarray(image))] for image in pair.images]
+            reply = family.parse(judging.reply({"messages": family.request(pair.text, urls)}))
+            assert reply.winner == expected
