@@ -68,6 +68,9 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
         "--kv-cache-gb", type=int, default=DEFAULTS.kv_cache_gb, metavar="GB", help="on a CPU (%(default)s)"
     )
     parser.add_argument(
+        "--cpu-threads", type=int, default=0, metavar="N", help="of a replica on a CPU; 1 for a tiny judge on few cores"
+    )
+    parser.add_argument(
         "--gpu-memory", type=float, default=DEFAULTS.gpu_memory, metavar="SHARE", help="on GPUs (%(default)s)"
     )
     parser.add_argument("--python", default=DEFAULTS.python, help="the Python that has vLLM (%(default)s)")
@@ -154,7 +157,7 @@ def _serve(arguments: argparse.Namespace, extra: list[str]) -> int:
 def _wanted(arguments: argparse.Namespace, extra: list[str]) -> VllmJudge:
     shared = (
         "preset", "model", "served_name", "replicas", "tensor_parallel", "device", "host", "port", "max_model_len",
-        "kv_cache_gb", "gpu_memory", "python", "ray_address", "start_s",
+        "kv_cache_gb", "cpu_threads", "gpu_memory", "python", "ray_address", "start_s",
     )  # fmt: skip
     gpus = tuple(part.strip() for part in arguments.gpu.split(",") if part.strip())
     return VllmJudge(**{name: getattr(arguments, name) for name in shared}, gpus=gpus, extra=tuple(extra))

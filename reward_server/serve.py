@@ -54,6 +54,9 @@ class VllmJudge:
     """Tokens of a request and its reply; 0: as the preset has it."""
     kv_cache_gb: int = 4
     """Memory for the key-value cache on a CPU; a GPU gives what is left of ``gpu_memory``."""
+    cpu_threads: int = 0
+    """Threads of a replica on a CPU, whose engine and worker are then one process; 0: vLLM's own choice of threads and two
+    processes, which wait for each other busily: on two cores a tiny judge is half as fast so."""
     gpu_memory: float = 0.9
     """Share of each GPU that vLLM takes."""
     extra: tuple[str, ...] = ()
@@ -77,9 +80,11 @@ class VllmJudge:
             yield "device", f"is {self.device!r}; it needs to be auto, cpu or gpu"
         if self.replicas < 1:
             yield "replicas", f"is {self.replicas}; it needs at least 1"
-        for name in ("tensor_parallel", "max_model_len"):
+        for name, otherwise in (
+            ("tensor_parallel", "the preset's"), ("max_model_len", "the preset's"), ("cpu_threads", "vLLM's own choice")
+        ):  # fmt: skip
             if getattr(self, name) < 0:
-                yield name, f"is {getattr(self, name)}; it needs at least 1, or 0 for the preset's"
+                yield name, f"is {getattr(self, name)}; it needs at least 1, or 0 for {otherwise}"
         if not 0 <= self.port <= 65536 - max(1, self.replicas):
             yield "port", f"is {self.port}; with the replicas' it needs to stay in 1 … 65535, or 0 for any free ones"
         if self.kv_cache_gb < 1:
@@ -208,8 +213,10 @@ def command(judge: VllmJudge, model: str, port: int, on_gpu: bool) -> list[str]:
     else:
         words += ["--enforce-eager"]  # compiling takes minutes, and what runs on a CPU is small
         # A seeded request at a temperature above 0 kills vLLM 0.32's engine on a CPU when its prompt is read in two
-        # pieces ("CPU Generator does not use offset"); so prompts are read whole.
-        words += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(length)]
+        # pieces ("CPU Generator does not use offset"); so prompts are read whole, and short ones several at a time.
+        words += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(length, 4096))]
+        if judge.cpu_threads:
+            words += ["--distributed-executor-backend", "uni"]
     return [*words, *judge.extra]
 
 
@@ -235,6 +242,9 @@ def environment(judge: VllmJudge, key: str, offline: bool, gpus: Sequence[str], 
         found["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     if not on_gpu:
         found["VLLM_CPU_KVCACHE_SPACE"] = str(judge.kv_cache_gb)
+        if judge.cpu_threads:
+            # Where this says 1, vLLM takes "uni" for "mp" on a CPU, lest it cannot choose the worker's threads.
+            found |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(judge.cpu_threads)}
     return found
 
 

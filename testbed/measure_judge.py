@@ -192,7 +192,7 @@ def measure(folder: Path = OUTPUT) -> dict[str, Any]:
     pairs = {kind: heldout_pairs(kind, draw) for kind, draw in draws.items()}
     found = facts(folder, STAGES)
     with serving(folder) as endpoint:
-        found |= compared(endpoint, Flex(prompt_file=str(folder / "prompt.txt")), pairs)
+        found |= compared(endpoint, Flex(prompt_file=str(folder / "prompt.txt"), structured=False), pairs)
         point = Unified2Point(prompt_file=str(folder / "prompt_point.txt"))
         found["scored"] = {kind: summary(score(endpoint, point, some)) for kind, some in pairs.items()}
     return found
@@ -201,9 +201,11 @@ def measure(folder: Path = OUTPUT) -> dict[str, Any]:
 @contextmanager
 def serving(folder: Path) -> Iterator[Endpoint]:
     """A saved judge behind vLLM, in float32: half precision is bfloat16 on a CPU, and such small weights feel it."""
-    server = VllmJudge(model=str(folder), max_model_len=1024, kv_cache_gb=1, extra=("--dtype", "float32"))
+    server = VllmJudge(
+        model=str(folder), max_model_len=1024, kv_cache_gb=1, cpu_threads=1, extra=("--dtype", "float32")
+    )
     with tempfile.TemporaryDirectory() as logs, server.start(logs) as running:
-        yield Endpoint(url=running.endpoints[0], model=server.served_name, max_tokens=192, concurrency=32)
+        yield Endpoint(url=running.endpoints[0], model=server.served_name, max_tokens=192, concurrency=128)
 
 
 def compared(endpoint: Endpoint, family: ChatFamily, pairs: Mapping[str, Sequence[Pair[Any]]]) -> dict[str, Any]:

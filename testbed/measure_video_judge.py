@@ -33,7 +33,7 @@ def measure(folder: Path = OUTPUT) -> dict[str, Any]:
         draws = {"samples": wan_draw(config.wan)} | draws
     pairs = {kind: heldout_pairs(kind, draw) for kind, draw in draws.items()}
     with serving(folder) as endpoint:
-        family = Flex(medium="video", prompt_file=str(folder / "prompt.txt"))
+        family = Flex(medium="video", prompt_file=str(folder / "prompt.txt"), structured=False)
         return facts(folder, STAGES) | compared(endpoint, family, pairs)
 
 

@@ -46,11 +46,11 @@ def config(model: Path = PRETRAINED, folder: Path = BUILD / "refine") -> JudgeTr
         name=folder.name,
         output=str(folder.parent),
         model=str(model),
-        image=Flex(prompt_file=str(model / "prompt.txt")),
+        image=Flex(prompt_file=str(model / "prompt.txt"), structured=False),
         sft=Sft(traces=str(folder / "traces.jsonl"), lr=2e-4, batch=24, accumulation=1, checkpoint_every=50),
         pairs=Pairs(
             preferences=str(folder / "dpo_data" / "preferences.jsonl"),
-            endpoint=Endpoint(temperature=0.7, max_tokens=96, concurrency=64),
+            endpoint=Endpoint(temperature=0.7, max_tokens=96, concurrency=128),
         ),
         dpo=Dpo(lr=2e-5, batch=12, accumulation=2, beta=0.1, checkpoint_every=25),
         gradient_checkpointing=False,
@@ -103,7 +103,7 @@ def sample_pairs(training: JudgeTraining, judge: Path) -> None:
     if counts.exists() and not json.loads(counts.read_text())["unanswered"]:
         return
     # vLLM computes half precision on a CPU in bfloat16; the card's numbers are float32's.
-    server = VllmJudge(model=str(judge), max_model_len=2048, kv_cache_gb=1, extra=("--dtype", "float32"))
+    server = VllmJudge(model=str(judge), max_model_len=2048, kv_cache_gb=1, cpu_threads=1, extra=("--dtype", "float32"))
     teacher = OracleJudge(style="trace")
     with server.start(training.folder / "vllm") as running, teacher.start(training.folder) as reasoning:
         endpoint = replace(training.pairs.endpoint, url=running.endpoints[0], model=server.served_name)

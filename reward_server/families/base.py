@@ -121,6 +121,9 @@ class ChatFamily:
     """A file with another wording, e.g. the one that a released checkpoint was trained on; empty: our own."""
     thinking: bool | None = None
     """Sent as the chat template's ``enable_thinking``; None: not sent."""
+    structured: bool = True
+    """Whether the server is asked to hold the reply to the family's schema. A judge that was trained on the format needs
+    no such help, and a small one on a CPU answers about twice as fast without."""
 
     @property
     def frames(self) -> int:
@@ -143,7 +146,7 @@ class ChatFamily:
     def options(self) -> dict[str, Any]:
         body: dict[str, Any] = {}
         schema = self.schema()
-        if schema is not None:
+        if schema is not None and self.structured:
             wrapped = {"name": self.name, "strict": True, "schema": schema}
             body["response_format"] = {"type": "json_schema", "json_schema": wrapped}
         if self.thinking is not None:

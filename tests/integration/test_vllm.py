@@ -59,6 +59,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningJudge]:
         model=save_tiny_vlm(folder / "model"),
         device="cpu",
         kv_cache_gb=1,
+        cpu_threads=1,
         max_model_len=MAX_LENGTH,
         ray_address="none",
         start_s=400.0,

@@ -22,7 +22,7 @@ from reward_server.__main__ import main
 from reward_server.ask import FAMILIES
 from reward_server.families.flex import Flex
 from reward_server.presets import PRESETS
-from reward_server.serve import VllmJudge, command, end_of_log
+from reward_server.serve import VllmJudge, command, end_of_log, environment
 from tests.fake_vllm import fake_judge, living, pids, started
 
 KEY = "GRPO_FLEX_JUDGE_KEY"
@@ -82,8 +82,18 @@ def test_own_settings_win_and_a_cpu_has_its_own() -> None:
     found = flags(judge)
     assert (found["--tensor-parallel-size"], found["--max-model-len"], found["--seed"]) == ("2", "99", "7")
     on_cpu = flags(judge, on_gpu=False)
-    assert on_cpu["--max-num-batched-tokens"] == "99" and "--no-enable-chunked-prefill" in on_cpu
+    assert on_cpu["--max-num-batched-tokens"] == "4096" and "--no-enable-chunked-prefill" in on_cpu
+    assert flags(VllmJudge(model="m", max_model_len=9999), on_gpu=False)["--max-num-batched-tokens"] == "9999"
     assert "--enforce-eager" in on_cpu and not {"--tensor-parallel-size", "--gpu-memory-utilization"} & on_cpu.keys()
+
+
+def test_threads_of_its_own_make_engine_and_worker_one_process_on_a_cpu() -> None:
+    judge = VllmJudge(model="m", cpu_threads=2)
+    assert flags(judge, on_gpu=False)["--distributed-executor-backend"] == "uni"
+    assert "--distributed-executor-backend" not in flags(judge) | flags(VllmJudge(model="m"), on_gpu=False)
+    own = environment(judge, "", False, (), on_gpu=False)
+    assert (own["VLLM_ENABLE_V1_MULTIPROCESSING"], own["OMP_NUM_THREADS"]) == ("0", "2")
+    assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in environment(judge, "", False, (), on_gpu=True)
 
 
 def test_a_dry_run_prints_vllms_command_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,9 +117,11 @@ def test_the_command_line_imports_nothing_heavy() -> None:
 
 
 def test_impossible_settings_are_complaints() -> None:
-    judge = VllmJudge(preset="x", device="tpu", replicas=0, port=70000, kv_cache_gb=0, gpu_memory=2.0, start_s=0.0)
+    judge = VllmJudge(
+        preset="x", device="tpu", replicas=0, port=70000, kv_cache_gb=0, cpu_threads=-1, gpu_memory=2.0, start_s=0.0
+    )
     assert [name for name, _ in judge.problems()] == [
-        "preset", "device", "replicas", "port", "kv_cache_gb", "gpu_memory", "start_s",
+        "preset", "device", "replicas", "cpu_threads", "port", "kv_cache_gb", "gpu_memory", "start_s",
     ]  # fmt: skip
     assert [name for name, _ in VllmJudge().problems()] == ["model"]
     both = VllmJudge(model="m", gpus=("0",), ray_address="10.0.0.1:6379")
