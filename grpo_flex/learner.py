@@ -359,7 +359,8 @@ class Learner:
             follow(follower, self.parameters, 0.0)
         self.weights.write(state["adapter"])
         self._moved = not _same(state.get("old", state["adapter"]), state["adapter"])
-        self.optimizer.load_state_dict(self._moments(state["optimizer"], self.weights.part))
+        # Copies: the optimiser would go on in the tensors that it is given, and others read those in the object store.
+        self.optimizer.load_state_dict(on_cpu(self._moments(state["optimizer"], self.weights.part)))
         self.version = state["version"]
         o = self.config.optimizer  # what the configuration says now, not what the checkpoint was written with
         for group in self.optimizer.param_groups:

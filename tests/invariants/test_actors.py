@@ -12,6 +12,7 @@ from ray import cloudpickle
 
 from grpo_flex.actors import ColocatedActor, LearnerActor, RolloutActor
 from grpo_flex.config import ConfigError, RunConfig
+from grpo_flex.learner import Learner, on_cpu
 from grpo_flex.types import Adapter, Prompt, Role, RolloutGroup
 from grpo_flex.weights import read_adapter
 from tests.invariants.test_learning import nudged
@@ -86,3 +87,21 @@ def test_weights_that_are_shared_are_never_old(config: RunConfig) -> None:
     place = replace(config.placement, colocated=True)
     with pytest.raises(ConfigError, match=r"sampling.lookahead is 1 with placement.colocated"):
         replace(config, placement=place, sampling=replace(config.sampling, lookahead=1)).validate()
+
+
+def test_learners_that_start_from_a_state_leave_it_as_it_is(config: RunConfig) -> None:
+    """Two of them on a node read it in the same memory."""
+    learner, worker = Learner(config), RolloutActor(config, "cpu", "rollout-0").worker
+    advantages = (np.array([1.0, -1.0, 0.5, -0.5]),)
+    learner.update([worker.generate(0, PROMPT, learner.adapter())], advantages, 0)
+    kept = learner.state()
+    before = on_cpu(kept["optimizer"]), {name: tensor.clone() for name, tensor in kept["adapter"].items()}
+    again = Learner(config)
+    again.load_state(kept)
+    group = worker.generate(1, PROMPT, again.adapter())
+    again.update([group], advantages, 1)
+    learner.update([group], advantages, 1)
+    assert all(map(torch.equal, again.parameters, learner.parameters))
+    moments = zip(before[0]["state"].values(), kept["optimizer"]["state"].values(), strict=True)
+    assert all(torch.equal(old[name], new[name]) for old, new in moments for name in old)
+    assert all(torch.equal(before[1][name], kept["adapter"][name]) for name in before[1])
