@@ -25,7 +25,7 @@ $(VENV)/.done: pyproject.toml
 	$(PY) -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
-train-image-grpo: setup  ## train the tiny FLUX: a new run, or RESUME=runs/NAME; ARGS="field=value …"
+train-image-grpo: setup setup-judge  ## train the tiny FLUX by the tiny judge's verdicts: a new run, or RESUME=runs/NAME; ARGS="field=value …"
 	@$(PY) -m grpo_flex train experiments/shapes_image.py $(if $(RESUME),--resume $(RESUME)) $(ARGS)
 
 train-video-grpo: setup  ## the same for the tiny Wan, whose weights are not here yet: python -m testbed.train_wan makes them (hours)

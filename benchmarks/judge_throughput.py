@@ -50,7 +50,8 @@ def rates(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.judge_throughput", description=__doc__.split("\n")[0])
+    about = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.judge_throughput", description=about)
     parser.add_argument("model", nargs="?", type=Path, default=Path("testbed/tiny_judge"))
     parser.add_argument("--questions", type=int, default=224)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[16, 128])

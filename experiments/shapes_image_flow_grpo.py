@@ -1,15 +1,15 @@
-"""`shapes_image.py` with Flow-GRPO: stochastic early steps, and a clipped policy gradient on them."""
+"""`shapes_image_oracle.py` with Flow-GRPO: stochastic early steps, and a clipped policy gradient on them."""
 
 from dataclasses import replace
 
-from experiments import shapes_image
+from experiments import shapes_image_oracle
 from grpo_flex.config import Optimizer, RunConfig
 from grpo_flex.dynamics import FastWindow, FlowSde
 from grpo_flex.objectives.grpo import Grpo
 
 
 def config() -> RunConfig:
-    base = shapes_image.config()
+    base = shapes_image_oracle.config()
     return replace(
         base,
         name="shapes_image_flow_grpo",

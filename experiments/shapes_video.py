@@ -1,6 +1,6 @@
 """The main job for video: a tiny Wan learns to obey its prompts from pairwise verdicts on eight frames of each clip.
 
-The path is that of `shapes_image.py`, with the objective's and the optimiser's settings from there. There is no
+The path is that of `shapes_image_oracle.py`, with the objective's and the optimiser's settings from there. There is no
 classifier-free guidance: it would double the cost of every step, and DiffusionNFT does without.
 """
 

@@ -1,8 +1,8 @@
 """Takes the pre-trained tiny judge through the recipe that trains any judge (docs/train-a-judge.md).
 
 `python -m testbed.refine_judge` does what is missing: the oracle's preferences, its traces of them, stage 1 (sft),
-pairs sampled from the judge in vLLM, stage 2 (dpo). It measures the judge before and after each stage, and puts the last
-one into `testbed/tiny_judge`. Everything resumes from `testbed/.build/refine`. `config()` below is also an experiment for
+pairs sampled from the judge in vLLM, stage 2 (dpo). It measures the judge before and after each stage, and puts one of
+them, with the table of all, into `testbed/tiny_judge`. Everything resumes from `testbed/.build/refine`. `config()` below is also an experiment for
 `python -m reward_server sft|pairs|dpo testbed/refine_judge.py`.
 """
 
@@ -28,7 +28,7 @@ from reward_server.preferences import read
 from reward_server.serve import VllmJudge
 from testbed.judge_data import Pair
 from testbed.judge_preferences import save, training_pairs
-from testbed.measure_judge import measure
+from testbed.measure_judge import STAGES_TABLE, measure
 from testbed.oracle_judge import OracleJudge
 from testbed.train_judge import OUTPUT
 from testbed.training import BUILD
@@ -136,6 +136,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--model", type=Path, default=PRETRAINED, help="the pre-trained judge (%(default)s)")
     parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument(
+        "--stage",
+        choices=("sft", "dpo"),
+        default="sft",
+        help="whose judge to keep; DPO gained this one nothing (%(default)s)",
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     training = config(options.model)
@@ -144,7 +150,8 @@ def main() -> None:
     found = {name: measured(name.replace(" ", ""), judge, training.folder) for name, judge in stages.items()}
     (training.folder / "stages.md").write_text(table(found) + "\n")
     print(table(found))
-    shutil.copytree(last, options.output, dirs_exist_ok=True)
+    shutil.copytree(last if options.stage == "dpo" else stages["sft"], options.output, dirs_exist_ok=True)
+    shutil.copy(training.folder / "stages.md", options.output / STAGES_TABLE)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from grpo_flex.plan_report import report
 from grpo_flex.tracing import LiveBytes, cost, saved_bytes
 from tests.configs import tiny_config
 
-SHAPES = "experiments/shapes_image.py"
+SHAPES = "experiments/shapes_image_oracle.py"
 
 
 @pytest.fixture(scope="module")
