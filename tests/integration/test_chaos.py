@@ -94,8 +94,11 @@ def resident_mb(pid: int, kind: str = "VmRSS") -> int:
     return int(found[1]) // 1024
 
 
-def nobody_is_left(limit_s: float = 60.0) -> None:
-    """Every process that a run has started, however indirectly, ends with it."""
+def nobody_is_left(limit_s: float = 200.0) -> None:
+    """Every process that a run has started, however indirectly, ends with it.
+
+    Ray's agent on a node may look for its dead head for more than a minute before it gives up.
+    """
     until = time.monotonic() + limit_s
     while left := list(marked()):
         assert time.monotonic() < until, left

@@ -10,6 +10,7 @@ import pytest
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from grpo_flex import run
+from grpo_flex.config import Adapter
 from grpo_flex.judge_server import JudgeAway
 from grpo_flex.train import Interrupted, Starved, Trainer
 
@@ -26,6 +27,7 @@ class Stand:
         self.done: list[str] = []
         self.console = SimpleNamespace(note=self.notes.append)
         self.log = SimpleNamespace(run_dir=folder)
+        self.config = SimpleNamespace(adapter=Adapter())
         self.cluster = SimpleNamespace(
             save_adapter=lambda _: self.done.append("adapter"), close_judge=lambda: self.done.append("judge")
         )
