@@ -64,7 +64,7 @@ train-judge: setup setup-judge  ## train the testbed's tiny judge from nothing (
 	$(PY) -m testbed.refine_judge
 	$(PY) -m testbed.measure_judge --card
 
-train-video-judge: setup  ## the same for the tiny judge of clips, which is only pre-trained (hours; resumable)
+train-video-judge: setup setup-judge  ## the same for the tiny judge of clips, which is only pre-trained (hours; resumable)
 	$(PY) -m testbed.train_video_judge
 	$(PY) -m testbed.measure_video_judge --card
 

@@ -1,6 +1,6 @@
 """The main job: a tiny FLUX learns to obey its prompts from the verdicts of a tiny judge that vLLM serves, on two cores.
 
-The judge, a Qwen3-VL trained by `reward_server`'s own recipe, is what is optimised. The oracle's score on held-out prompts is
+The judge, a Qwen3-VL that the testbed pre-trains and `reward_server`'s recipe fine-tunes, is what is optimised. The oracle's score on held-out prompts is
 the truth that nobody optimises. `shapes_image_oracle.py` asks the oracle itself.
 """
 
@@ -20,7 +20,8 @@ def config() -> RunConfig:
         base,
         name="shapes_image",
         steps=72,
-        # The judge is what a step waits for: half the siblings, and half the pairs of those, are an eighth of the questions.
+        # Sampler, judge and learner share two cores: half the siblings, and half the pairs of those, are about an eighth of
+        # the oracle recipe's questions.
         sampling=replace(base.sampling, group_size=8),
         judge=Judge(
             family=Flex(prompt_file="testbed/tiny_judge/prompt.txt", structured=False),

@@ -307,10 +307,8 @@ which neither is better are left out. The weights' seed is {config.seed}.
 |---|---|---|---|---|---|
 {stages}
 
-Then `reward_server`'s own recipe (`testbed/refine_judge.py`): fine-tuning on the oracle's traces of 6,000 pairs (TRL, 250 steps
-of 24), which gave the weights here; and from there DPO (β 0.1, 20 steps of 24) on the judge's own traces of 1,000 other pairs,
-which gained nothing (a standard error of these figures is about 0.015) and is not in them. Of those 1,000, 466 gave a pair: in 73 one of two sampled traces named the right
-winner, in 393 both did and the oracle said which is nearer to its own.
+Then `reward_server`'s own recipe (`testbed/refine_judge.py`): fine-tuning on the oracle's traces, and from there DPO on pairs of the
+judge's own traces. The weights here are stage 1's.
 
 {recipe}
 

@@ -131,6 +131,15 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(["| stage | pictures | " + " | ".join(FIGURES) + " |", "|---" * (len(FIGURES) + 2) + "|", *rows])
 
 
+def made(counts: Mapping[str, int]) -> str:
+    """Where stage 2's pairs came from."""
+    return (
+        f"Stage 1 learnt from {SFT_PAIRS:,} pairs' traces. Of {counts['instances']:,} other pairs {counts['pairs']} gave stage 2 an "
+        f"example: in {counts[pairs.ONE_RIGHT]} one of two sampled traces named the right winner, in "
+        f"{counts[pairs.BY_REASONING]} both did and the oracle said which is nearer to its own."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
@@ -148,7 +157,8 @@ def main() -> None:
     last = refine(training, {"sft": SFT_PAIRS, "dpo": DPO_PAIRS}, training_pairs)
     stages = {"pre-trained": options.model, "sft": training.folder / "sft" / "model", "sft + dpo": last}
     found = {name: measured(name.replace(" ", ""), judge, training.folder) for name, judge in stages.items()}
-    (training.folder / "stages.md").write_text(table(found) + "\n")
+    counts = json.loads((training.folder / pairs.COUNTS).read_text())
+    (training.folder / "stages.md").write_text(f"{table(found)}\n\n{made(counts)}\n")
     print(table(found))
     shutil.copytree(last if options.stage == "dpo" else stages["sft"], options.output, dirs_exist_ok=True)
     shutil.copy(training.folder / "stages.md", options.output / STAGES_TABLE)
