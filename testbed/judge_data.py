@@ -294,10 +294,10 @@ class Material:
         prompt, sibling = int(rng.integers(len(bank.texts))), int(rng.integers(SIBLINGS))
         return bank.texts[prompt], bank.reference(prompt), bank.images[prompt, sibling], bank.judged(prompt, sibling)
 
-    def pair(self, rng: np.random.Generator) -> Pair[Judged]:
-        """A pair with a better picture, in random order."""
+    def pair(self, rng: np.random.Generator, shares: Mapping[str, float] = SHARES) -> Pair[Judged]:
+        """A pair with a better picture, in random order; `shares` are those of the three kinds."""
         while True:
-            kind = tuple(SHARES)[int(rng.choice(len(SHARES), p=tuple(SHARES.values())))]
+            kind = tuple(shares)[int(rng.choice(len(shares), p=tuple(shares.values())))]
             if kind == "strangers":
                 made = strangers(rng, self.samples)
             else:

@@ -243,6 +243,7 @@ def card(measured: Mapping[str, Any], recipe: str) -> str:
     return _CARD.format(
         recipe=recipe,
         config=JudgeConfig(),
+        more_prompts=STAGES[-1].more_prompts,
         stages=stage_rows(STAGES, measured["seconds"]),
         rows="\n".join(row(kind, measured[kind]) for kind in ("samples", "renders")),
         categories="\n".join(category_row(kind, measured[kind]) for kind in ("samples", "renders")),
@@ -300,8 +301,9 @@ The teacher is `testbed.oracle`. It writes what each picture shows, then, for ea
 whether it holds, how much of the prompt holds in total, measures of quality and composition, and last the winners
 (`testbed/judge_trace.py`). Pictures are the tiny FLUX's samples for {config.sampled_prompts:,} random prompts x {siblings}, and
 as many renders for {config.rendered_prompts:,}, with errors and faults (`testbed/judge_data.py`). No prompt has the description of a
-held-out one. First it learns to describe one picture, then to compare two; the order is random, and pairs in
-which neither is better are left out. The weights' seed is {config.seed}.
+held-out one. First it learns to describe one picture, then to compare two, and at last to compare mostly samples, of
+{more_prompts:,} prompts more; the order is random, and pairs in which neither is better are left out. The weights' seed
+is {config.seed}.
 
 | stage | seed | steps | batch | peak lr | minutes |
 |---|---|---|---|---|---|
