@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.plots import plot
+
 
 class Variant(NamedTuple):
     """An experiment and overrides on top of it."""
@@ -88,25 +90,6 @@ def table(found: Mapping[str, Sequence[Sequence[tuple[int, float]]]]) -> str:
     return "\n".join([head, "|---" * 5 + "|", *(row for _, row in sorted(rows, reverse=True))])
 
 
-def plot(found: Mapping[str, Sequence[Sequence[tuple[int, float]]]], path: Path) -> None:
-    """Held-out score over training steps: the mean over seeds, and their range."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for variant, runs in found.items():
-        steps = [step for step, _ in min(runs, key=len)]
-        scores = [np.interp(steps, [at for at, _ in run], [score for _, score in run]) for run in runs]
-        (line,) = axes.plot(steps, np.mean(scores, axis=0), label=f"{variant} ({len(runs)})")
-        axes.fill_between(steps, np.min(scores, axis=0), np.max(scores, axis=0), color=line.get_color(), alpha=0.12)
-    axes.set(xlabel="training step", ylabel="held-out oracle score")
-    axes.legend(title="judge (seeds)")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m benchmarks.judges", description=(__doc__ or "").split("\n")[0])
     made.add_argument("--runs", type=Path, default=Path("runs"))
@@ -129,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not found:
         raise SystemExit(f"{options.runs} holds no run of this comparison yet")
     print(table(found))
-    plot(found, options.runs / "judges.png")
+    plot(found, options.runs / "judges.png", "training step")
     print(f"plot: {options.runs / 'judges.png'}")
 
 

@@ -25,14 +25,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.plots import plot
 from grpo_flex.advantages import BestAndWorst
-from grpo_flex.config import RunConfig, load_experiment, override, to_json
+from grpo_flex.config import RunConfig
+from grpo_flex.config_file import load_experiment, to_json
 from grpo_flex.dynamics import AllButLast, Cps, Dance, Multistep, Ode, SlidingWindow
 from grpo_flex.objectives.awm import Awm
 from grpo_flex.objectives.base import Objective
 from grpo_flex.objectives.dpo import Dpo
 from grpo_flex.objectives.guard import Guard
 from grpo_flex.objectives.nft import Nft
+from grpo_flex.overrides import override
 from grpo_flex.types import Verdict
 
 if TYPE_CHECKING:
@@ -306,25 +309,9 @@ def _of_those(values: np.ndarray) -> str:
     return f"{there.mean():.0f} ({len(there)}/{len(values)})" if len(there) else f"– (0/{len(values)})"
 
 
-def plot(found: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """Held-out score over training time: the mean over seeds, and their range."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
-    for k, (name, runs) in enumerate(found.items()):
-        end = min(r["curve"][-1]["seconds"] for r in runs)
-        grid = np.linspace(0, end, 60)
-        curves = [np.interp(grid, [p["seconds"] for p in r["curve"]], [p["oracle"] for p in r["curve"]]) for r in runs]
-        colour, line = f"C{k % 10}", ("-", "--", ":")[k // 10 % 3]
-        axes.plot(grid, np.mean(curves, axis=0), label=name, color=colour, linestyle=line)
-        axes.fill_between(grid, np.min(curves, axis=0), np.max(curves, axis=0), color=colour, alpha=0.12)
-    axes.set(xlabel="training time, s", ylabel="held-out oracle score")
-    axes.legend(fontsize=8, ncols=2)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def curves(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[list[tuple[float, float]]]]:
+    """(training seconds, held-out score) of every run, by configuration."""
+    return {name: [[(p["seconds"], p["oracle"]) for p in run["curve"]] for run in runs] for name, runs in found.items()}
 
 
 # ---------------------------------------------------------------- command line
@@ -362,7 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not found:
         raise SystemExit(f"{options.out} holds no finished run yet")
     print(table(found))
-    plot(found, options.out / "objectives.png")
+    plot(curves(found), options.out / "objectives.png", "training time, s")
     print(f"plot: {options.out / 'objectives.png'}")
 
 

@@ -8,7 +8,8 @@ elsewhere. New weights go to the workers through the object store (`python -m gr
 from dataclasses import replace
 
 from experiments import flux1_dev_flex
-from grpo_flex.config import Full, RunConfig, override
+from grpo_flex.config import Full, RunConfig
+from grpo_flex.overrides import override
 
 
 def config() -> RunConfig:

@@ -5,7 +5,8 @@ pictures, groups and adapter than the published settings, so that it fits. Nobod
 """
 
 from experiments import flux2_klein_flex
-from grpo_flex.config import RunConfig, override
+from grpo_flex.config import RunConfig
+from grpo_flex.overrides import override
 
 
 def config() -> RunConfig:

@@ -5,7 +5,8 @@ time, and otherwise the same settings. Nobody has run this recipe yet.
 """
 
 from experiments import flux1_dev_flex
-from grpo_flex.config import RunConfig, override
+from grpo_flex.config import RunConfig
+from grpo_flex.overrides import override
 
 
 def config() -> RunConfig:

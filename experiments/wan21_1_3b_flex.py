@@ -4,7 +4,8 @@ Nobody has run this recipe yet; the learning rate is the large model's.
 """
 
 from experiments import wan21_14b_flex
-from grpo_flex.config import RunConfig, override
+from grpo_flex.config import RunConfig
+from grpo_flex.overrides import override
 
 
 def config() -> RunConfig:

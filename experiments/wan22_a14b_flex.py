@@ -5,7 +5,8 @@ learner holds both experts, which two cards share, so all groups of a step train
 """
 
 from experiments import wan21_14b_flex
-from grpo_flex.config import RunConfig, override
+from grpo_flex.config import RunConfig
+from grpo_flex.overrides import override
 
 
 def config() -> RunConfig:

@@ -8,7 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from grpo_flex.config import ConfigError, RunConfig, load_experiment, override, to_json
+from grpo_flex.config import ConfigError, RunConfig
+from grpo_flex.config_file import load_experiment, to_json
+from grpo_flex.overrides import override
 
 
 def main(argv: list[str] | None = None) -> int:

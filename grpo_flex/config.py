@@ -1,4 +1,4 @@
-"""RunConfig and its parts: frozen dataclasses, validated as a whole, overridden by strict dotted names.
+"""RunConfig and its parts: frozen dataclasses, validated as a whole.
 
 Nothing here imports torch, Ray or diffusers: ``--help``, a bad override and ``--dry-run``'s first complaints
 answer in under a second. Variants (a generator, a sampler, an objective, a judge family, a reward) are objects
@@ -10,20 +10,12 @@ walks the tree, gives every complaint its full dotted name and raises one ``Conf
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import difflib
-import importlib
-import importlib.util
-import json
-import types
-import typing
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from grpo_flex.dynamics import Ode
+from grpo_flex.field_types import fits, hints, is_part, spell
 
 if TYPE_CHECKING:
     from grpo_flex.advantages import Advantage
@@ -36,7 +28,6 @@ if TYPE_CHECKING:
     from reward_server.families.base import Family
 
 Problem = tuple[str, str]
-C = TypeVar("C")
 
 
 class ConfigError(ValueError):
@@ -530,10 +521,10 @@ def _complaints(part: Any, prefix: str = "") -> Iterator[Problem]:
     mistyped = set()
     for f in fields(part):
         value = getattr(part, f.name)
-        hint = _hints(type(part)).get(f.name, Any)
-        if not is_part(value) and not _fits(value, hint):
+        hint = hints(type(part)).get(f.name, Any)
+        if not is_part(value) and not fits(value, hint):
             mistyped.add(f.name)
-            yield f"{prefix}{f.name}", f"is {value!r}; it needs to be {_spell(hint)}"
+            yield f"{prefix}{f.name}", f"is {value!r}; it needs to be {spell(hint)}"
         for name, inner in _parts_of(f.name, value):
             yield from _complaints(inner, f"{prefix}{name}.")
     if not mistyped and hasattr(part, "problems"):  # a part's own rules presume the right types
@@ -544,245 +535,3 @@ def _parts_of(name: str, value: Any) -> list[tuple[str, Any]]:
     """A field's own parts with their dotted names: the value itself, or the parts in a tuple."""
     found = {name: value} if not isinstance(value, tuple) else {f"{name}.{i}": v for i, v in enumerate(value)}
     return [(path, inner) for path, inner in found.items() if is_part(inner)]
-
-
-def is_part(value: Any) -> bool:
-    """Whether a value is an object with fields of its own."""
-    return is_dataclass(value) and not isinstance(value, type)
-
-
-# ---------------------------------------------------------------- overrides
-
-
-def override(config: C, assignments: Sequence[str]) -> C:
-    """Apply "dotted.field=value" strings, strictly.
-
-    >>> override(Optimizer(), ["lr=1e-5"]).lr
-    1e-05
-
-    Raises:
-        ConfigError: an unknown field (with the nearest known name), or a value of another type.
-    """
-    for assignment in assignments:
-        path, sep, text = assignment.partition("=")
-        if not sep:
-            raise ConfigError(f"'{assignment}' is not an override; write field=value, e.g. optimizer.lr=1e-5")
-        config = _assign(config, path.split("."), text, path)
-    return config
-
-
-def _assign(part: Any, names: list[str], text: str, path: str) -> Any:
-    name, *rest = names
-    known = [f.name for f in fields(part)]
-    if name not in known:
-        parent = path[: len(path) - len(".".join(names))]
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean '{parent}{near[0]}'?" if near else f"known here: {', '.join(parent + k for k in known)}"
-        raise ConfigError(f"no config field '{parent}{name}'; {hint}")
-    value = getattr(part, name)
-    nested = is_part(value)
-    if rest and _holds_parts(value):
-        return replace(part, **{name: _assign_entry(value, rest, text, path)})
-    if rest and not nested:
-        raise ConfigError(f"'{path}' goes too deep: '{name}' is {value!r}, which has no fields")
-    if rest:
-        return replace(part, **{name: _assign(value, rest, text, path)})
-    if nested and text.lower() == "none" and _may_be_none(part, name):
-        return replace(part, **{name: None})
-    if nested:
-        inner = ", ".join(f"{path}.{f.name}" for f in fields(value))
-        raise ConfigError(
-            f"'{path}' is a {type(value).__name__} object; set one of its fields ({inner or 'it has none'}), or choose another object in the experiment file"
-        )
-    return replace(part, **{name: _read(text, _hints(type(part))[name], path)})
-
-
-def _assign_entry(entries: tuple[Any, ...], names: list[str], text: str, path: str) -> tuple[Any, ...]:
-    """A field of an object in a tuple, e.g. scorers.0.model."""
-    number, *rest = names
-    if not number.isdigit() or int(number) >= len(entries) or not rest or not is_part(entries[int(number)]):
-        parent = path[: len(path) - len(".".join(names))]
-        known = [f"{parent}{i}.{name}" for i, entry in enumerate(entries) for name in _field_names(entry)]
-        raise ConfigError(f"no config field '{path}'; known here: {', '.join(known)}")
-    i = int(number)
-    return (*entries[:i], _assign(entries[i], rest, text, path), *entries[i + 1 :])
-
-
-def _holds_parts(value: Any) -> bool:
-    return isinstance(value, tuple) and any(map(is_part, value))
-
-
-def _field_names(value: Any) -> list[str]:
-    return [f.name for f in fields(value)] if is_part(value) else []
-
-
-def _may_be_none(part: Any, name: str) -> bool:
-    return next(f.default for f in fields(part) if f.name == name) is None
-
-
-def _read(text: str, hint: Any, path: str) -> Any:
-    if hint is str:
-        return text
-    try:
-        value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
-    except (ValueError, SyntaxError):
-        value = text
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if typing.get_origin(hint) is tuple:
-        value = tuple(value) if isinstance(value, list | tuple) else (value,)
-    if not _fits(value, hint):
-        raise ConfigError(f"{path}={text}: '{path}' needs {_spell(hint)}")
-    return value
-
-
-def _hints(cls: type) -> dict[str, Any]:
-    """Type hints of the plain fields; a variant's Protocol is not checked by name."""
-    found: dict[str, Any] = {}
-    for f in fields(cls):
-        try:
-            found[f.name] = typing.get_type_hints(
-                types.SimpleNamespace(__annotations__={f.name: f.type}),
-                vars(importlib.import_module(cls.__module__)),
-            )[f.name]
-        except NameError:  # a Protocol that is imported for type checkers only
-            found[f.name] = Any
-    return found
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, a) for a in args)
-    if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
-        if len(args) == 2 and args[1] is Ellipsis:
-            return all(_fits(v, args[0]) for v in value)
-        return len(value) == len(args) and all(_fits(v, a) for v, a in zip(value, args, strict=True))
-    if origin is typing.Literal:
-        return value in args
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint in (str, bool):
-        return isinstance(value, hint)
-    return hint is not type(None) or value is None
-
-
-def _spell(hint: Any) -> str:
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "none"}
-    if hint in words:
-        return words[hint]
-    if typing.get_origin(hint) is typing.Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    return str(hint).replace("typing.", "").replace("NoneType", "none")
-
-
-# ---------------------------------------------------------------- files
-
-_EXPERIMENT = "_experiment_"
-"""Begins the module name of an experiment file, which nothing else can import."""
-
-
-def load_experiment(path: str | Path) -> RunConfig:
-    """Import an experiment file and call its ``config()``.
-
-    Raises:
-        ConfigError: no such file (with the nearest existing one), no ``config()``, or it returns something else.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"no experiment file '{path}'; {_nearest_file(path)}")
-    spec = importlib.util.spec_from_file_location(_EXPERIMENT + path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        if not hasattr(module, "config"):
-            raise ConfigError(f"{path} has no function config(); an experiment defines `def config() -> RunConfig`")
-        made = module.config()
-    except (SyntaxError, ImportError, TypeError, NameError, AttributeError) as error:
-        raise ConfigError(f"{path} makes no configuration: {type(error).__name__}: {error}") from error
-    if not isinstance(made, RunConfig):
-        raise ConfigError(f"config() in {path} returns {type(made).__name__}; it needs to return a RunConfig")
-    return made
-
-
-def _nearest_file(path: Path) -> str:
-    folder = path.parent if path.parent.is_dir() else Path("experiments")
-    there = sorted(p.name for p in folder.glob("*.py")) if folder.is_dir() else []
-    near = difflib.get_close_matches(path.name, there, n=1) or difflib.get_close_matches(path.name + ".py", there, n=1)
-    if near:
-        return f"did you mean '{folder / near[0]}'?"
-    return f"{folder} holds: {', '.join(there)}" if there else "give the path of an experiment file"
-
-
-def to_json(config: Any) -> str:
-    """The resolved configuration as JSON; every object carries its class under "type"."""
-    return json.dumps(_plain(config), indent=2)
-
-
-def _plain(value: Any) -> Any:
-    if is_part(value):
-        return {"type": _address(type(value))} | {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, types.FunctionType):
-        return {"function": _address(value)}
-    if isinstance(value, tuple | list):
-        return [_plain(v) for v in value]
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    raise ConfigError(
-        f"{value!r} cannot be written to config.json: a configuration holds dataclasses, functions of a module, "
-        "numbers, texts and tuples"
-    )
-
-
-def _address(named: Any) -> str:
-    """Where a class or function can be imported from again: "module:name".
-
-    Raises:
-        ConfigError: nowhere, because it is local to a function or to the experiment file.
-    """
-    module, name = named.__module__, named.__qualname__
-    if "<" in name or module.startswith(_EXPERIMENT):
-        raise ConfigError(
-            f"'{name}' cannot be imported again from config.json by a resume; define it at the top of a module "
-            "that the experiment imports"
-        )
-    return f"{module}:{name}"
-
-
-def from_json(text: str) -> Any:
-    """The inverse of ``to_json``.
-
-    Raises:
-        ConfigError: not JSON, a class that no longer exists, or fields that it no longer has.
-    """
-    try:
-        return _revive(json.loads(text))
-    except (json.JSONDecodeError, ImportError, AttributeError, TypeError) as error:
-        raise ConfigError(f"config.json does not fit this version of the code: {error}") from error
-
-
-def _revive(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(_revive(v) for v in value)
-    if isinstance(value, dict) and set(value) == {"function"}:
-        return _imported(value["function"])
-    if isinstance(value, dict) and "type" in value:
-        cls = _imported(value["type"])
-        if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
-            raise ConfigError(f"config.json names {value['type']}, which is not a configuration class")
-        return cls(**{k: _revive(v) for k, v in value.items() if k != "type"})
-    if isinstance(value, dict):
-        return {k: _revive(v) for k, v in value.items()}
-    return value
-
-
-def _imported(address: str) -> Any:
-    module, _, name = address.partition(":")
-    return getattr(importlib.import_module(module), name)

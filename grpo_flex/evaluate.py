@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_flex.config import Adapter as AdapterConfig
-from grpo_flex.config import ConfigError, Full, RunConfig, from_json, load_experiment
+from grpo_flex.config import ConfigError, Full, RunConfig
+from grpo_flex.config_file import from_json, load_experiment
 from grpo_flex.generators.base import LORA_FILE, SECOND_LORA_FILE
 from grpo_flex.prompts import read_prompts
 from grpo_flex.types import Adapter, Prompt, Sample

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from grpo_flex import pictures
-from grpo_flex.config import Wandb, to_json
+from grpo_flex.config import Wandb
+from grpo_flex.config_file import to_json
 from grpo_flex.types import Sample
 
 if TYPE_CHECKING:

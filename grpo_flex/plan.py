@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from grpo_flex.config import ConfigError, Full, RunConfig, override
+from grpo_flex.config import ConfigError, Full, RunConfig
+from grpo_flex.overrides import override
 
 if TYPE_CHECKING:
     from grpo_flex.learner import Learner

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_flex import checkpoint, verdicts
-from grpo_flex.config import ConfigError, Judge, RunConfig, from_json, override, to_json
+from grpo_flex.config import ConfigError, Judge, RunConfig
+from grpo_flex.config_file import from_json, to_json
 from grpo_flex.console import running_pid
 from grpo_flex.generators.encodings import report
+from grpo_flex.overrides import override
 from grpo_flex.prompts import PromptStream, read_prompts
 from grpo_flex.room import check_room
 from grpo_flex.types import Adapter

@@ -11,7 +11,8 @@ import torch
 
 from benchmarks.gpu import measure
 from benchmarks.gpu_flux import config as benchmark
-from grpo_flex.config import RunConfig, override
+from grpo_flex.config import RunConfig
+from grpo_flex.overrides import override
 from grpo_flex.rollout import RolloutWorker
 from grpo_flex.types import Prompt
 from tests.tiny import tiny_flux

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grpo_flex.config import RunConfig, to_json
+from grpo_flex.config import RunConfig
+from grpo_flex.config_file import to_json
 from grpo_flex.metrics import read_metrics
 
 
@@ -18,7 +19,7 @@ def experiment_file(config: RunConfig, folder: Path) -> str:
     file, saved = folder / f"exp_{config.name}.py", folder / f"exp_{config.name}.json"
     saved.write_text(to_json(config))
     file.write_text(
-        f"from pathlib import Path\nfrom grpo_flex.config import from_json\ndef config(): return from_json(Path({str(saved)!r}).read_text())\n"
+        f"from pathlib import Path\nfrom grpo_flex.config_file import from_json\ndef config(): return from_json(Path({str(saved)!r}).read_text())\n"
     )
     return str(file)
 

@@ -14,7 +14,8 @@ import pytest
 
 from grpo_flex import checkpoint
 from grpo_flex.__main__ import main
-from grpo_flex.config import Evaluation, RunConfig, to_json
+from grpo_flex.config import Evaluation, RunConfig
+from grpo_flex.config_file import to_json
 from grpo_flex.metrics import read_metrics
 from grpo_flex.run import RESUME_ME
 from grpo_flex.types import Prompt
@@ -146,7 +147,7 @@ def refused(config: RunConfig, folder: Path, capsys: pytest.CaptureFixture[str])
     saved.write_text(to_json(config))
     file = folder / "bad.py"
     file.write_text(
-        f"from pathlib import Path\nfrom grpo_flex.config import from_json\ndef config(): return from_json(Path({str(saved)!r}).read_text())\n"
+        f"from pathlib import Path\nfrom grpo_flex.config_file import from_json\ndef config(): return from_json(Path({str(saved)!r}).read_text())\n"
     )
     capsys.readouterr()  # what making the tiny model printed
     assert main(["train", str(file)]) == 2

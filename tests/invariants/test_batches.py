@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from grpo_flex.config import RunConfig, override
+from grpo_flex.config import RunConfig
 from grpo_flex.dynamics import AllButLast, FastWindow, Multistep, RandomFraction, Window
 from grpo_flex.learner import BoundPolicy, Learner
+from grpo_flex.overrides import override
 from grpo_flex.rollout import RolloutWorker
 from grpo_flex.types import Prompt
 from tests.invariants.test_learning import nudged

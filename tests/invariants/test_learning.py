@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from grpo_flex.config import RunConfig, override
+from grpo_flex.config import RunConfig
 from grpo_flex.dynamics import Cps, Dance, Dynamics, FlowSde
 from grpo_flex.generators.flux import Flux
 from grpo_flex.learner import BoundPolicy, Learner
 from grpo_flex.objectives.grpo import Grpo
+from grpo_flex.overrides import override
 from grpo_flex.rollout import RolloutWorker
 from grpo_flex.types import Adapter, Prompt, RolloutGroup
 from tests.tiny import tiny_flux

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from grpo_flex.config import Wandb, to_json
+from grpo_flex.config import Wandb
+from grpo_flex.config_file import to_json
 from grpo_flex.metrics import RunLog
 from grpo_flex.types import Prompt, Sample
 

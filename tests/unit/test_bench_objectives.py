@@ -65,7 +65,7 @@ def test_table_and_plot(tmp_path: Path) -> None:
     fast, slow = bench.table(found).splitlines()[2:]
     assert fast.startswith("| fast | 2 | 0.550 (0.500–0.600) | +0.150 | 0.550 | 10 | 10 (1/2) | 30 (1/2) | 5 | 1.00 |")
     assert "– (0/1)" in slow
-    bench.plot(found, tmp_path / "plot.png")
+    bench.plot(bench.curves(found), tmp_path / "plot.png", "seconds")
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 

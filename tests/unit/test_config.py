@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
-from grpo_flex.config import ConfigError, RunConfig, from_json, load_experiment, override, to_json
+from grpo_flex.config import ConfigError, RunConfig
+from grpo_flex.config_file import from_json, load_experiment, to_json
 from grpo_flex.dynamics import Cps, FastWindow, FlowSde, Ode
 from grpo_flex.generators.flux import Flux
+from grpo_flex.overrides import override
 from reward_server.families.unified import Unified2Point
 from tests.configs import judge_of
 

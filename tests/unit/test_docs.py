@@ -15,8 +15,10 @@ import pytest
 
 import grpo_flex.objectives
 from grpo_flex.__main__ import main
-from grpo_flex.config import RunConfig, from_json, load_experiment, override, to_json
+from grpo_flex.config import RunConfig
+from grpo_flex.config_file import from_json, load_experiment, to_json
 from grpo_flex.learner import Learner
+from grpo_flex.overrides import override
 from grpo_flex.rollout import RolloutWorker
 from grpo_flex.types import Prompt
 

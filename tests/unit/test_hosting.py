@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from grpo_flex.config import Judge, from_json, to_json
+from grpo_flex.config import Judge
+from grpo_flex.config_file import from_json, to_json
 from grpo_flex.pairing import RoundRobin
 from reward_server import machine
 from reward_server.__main__ import main
