@@ -183,7 +183,7 @@ def ask(config: RunConfig, group: RolloutGroup, step: int) -> list[Verdict]:
 
 def compare(members: tuple[int, int], one: Score, two: Score, toss: int) -> Verdict:
     """A faultless oracle judge's verdict."""
-    from testbed.oracle_judge import winners
+    from testbed.preference import winners
 
     *dimensions, overall = map(float, winners(one, two, toss))
     named: dict[str, float] = dict(zip(("alignment", "quality", "aesthetics"), dimensions, strict=True))

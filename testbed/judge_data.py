@@ -19,7 +19,7 @@ from scipy import ndimage
 from testbed import oracle
 from testbed import scenes as world
 from testbed.judge_trace import Judged, winner_of
-from testbed.oracle_judge import Score
+from testbed.preference import Score
 from testbed.render import render
 from testbed.scenes import Description, Obj, Thing
 

@@ -16,7 +16,7 @@ from typing import Any
 from reward_server.families.flex import category_names
 from testbed import oracle_judge
 from testbed.oracle import MAX_OBJECTS, Reading, Score, Seen, relation_holds, size_word
-from testbed.oracle_judge import NEAR, merit
+from testbed.preference import NEAR, merit
 from testbed.scenes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES
 
 COMPARE = "Which image serves the prompt better? Prompt:"

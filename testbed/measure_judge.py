@@ -42,7 +42,7 @@ from testbed.judge_data import (
 )
 from testbed.judge_preferences import CLEAR
 from testbed.judge_trace import Judged, winner_of
-from testbed.oracle_judge import Score
+from testbed.preference import Score
 from testbed.train_judge import OUTPUT, STAGES, JudgeConfig, Stage, flux_draw
 from testbed.training import BUILD, seconds_spent
 

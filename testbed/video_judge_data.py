@@ -19,7 +19,7 @@ from testbed import clips as world
 from testbed.clips import DIRECTIONS, FRAMES, SIDE, SPEEDS, Description, Kind, pick
 from testbed.judge_data import SIBLINGS, MediaBank, Pair, pair_of, siblings, to_bytes
 from testbed.judge_model import CLIPS
-from testbed.oracle_judge import NEAR, frame_times
+from testbed.preference import NEAR, frame_times
 from testbed.render import render
 from testbed.scenes import BACKGROUNDS, COLOURS, NOVEL_PAIRS, SHAPES, load_prompts
 from testbed.video_judge_trace import JudgedClip, judged

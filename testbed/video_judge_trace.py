@@ -19,7 +19,7 @@ from reward_server.families.flex import category_names
 from testbed.clips import BACKGROUNDS, COLOURS, DIRECTIONS, PLACES, SHAPES, SIDE, SPEEDS, routes
 from testbed.judge_trace import measure, winner_of
 from testbed.oracle import MAX_OBJECTS
-from testbed.oracle_judge import NEAR, Watched, watched, winners
+from testbed.preference import NEAR, Watched, watched, winners
 from testbed.scenes import CANVAS
 from testbed.video_oracle import STILL, ClipReading, ClipScore, Moved, score_reading
 

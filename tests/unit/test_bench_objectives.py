@@ -11,7 +11,8 @@ import pytest
 
 from benchmarks import objectives as bench
 from testbed.oracle import Score
-from testbed.oracle_judge import Judging, OracleJudge
+from testbed.oracle_judge import OracleJudge
+from testbed.oracle_replies import Judging
 
 
 @pytest.mark.parametrize("name", bench.CONFIGURATIONS)

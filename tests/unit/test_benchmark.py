@@ -22,7 +22,8 @@ from reward_server.families.flex import Flex
 from reward_server.families.generic import GenericPair
 from reward_server.preferences import Preference, read, shown_order
 from testbed.judge_preferences import render_pairs, save
-from testbed.oracle_judge import OracleJudge, application, decode
+from testbed.oracle_judge import OracleJudge, application
+from testbed.oracle_replies import decode
 from tests.serving import Body, chat_app, said, serving
 
 PAIRS = 60

@@ -16,7 +16,7 @@ from reward_server.checklist_weights import fit, regress
 from reward_server.families.base import Completion
 from reward_server.families.vision_reward import VisionReward
 from reward_server.preferences import Preference, write
-from testbed.oracle_judge import decode
+from testbed.oracle_replies import decode
 from tests.serving import Body, chat_app, said, serving
 
 TRUTH = np.array([2.0, 1.0, 0.5, 0.0])

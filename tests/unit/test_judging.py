@@ -37,7 +37,7 @@ from reward_server.families.edit import EditPair
 from reward_server.families.flex import Flex
 from reward_server.families.reward_dance import RewardDance
 from reward_server.families.unified import Unified1Point
-from testbed.oracle_judge import decode
+from testbed.oracle_replies import decode
 
 T = TypeVar("T")
 Handler = Callable[["Server", dict[str, Any]], Awaitable[web.StreamResponse]]

@@ -24,7 +24,9 @@ from reward_server.families.base import ChatFamily, Reply
 from reward_server.families.flex import ANCHORS, Flex
 from reward_server.families.unified import Unified2Point
 from testbed import clips, oracle, render, scenes
-from testbed.oracle_judge import Judging, OracleJudge, prompt_of, winners
+from testbed.oracle_judge import OracleJudge
+from testbed.oracle_replies import Judging, prompt_of
+from testbed.preference import winners
 
 CAPTION = "a red circle left of a blue square on a white background"
 RIGHT, SWAPPED, OTHER = (

@@ -23,7 +23,9 @@ from testbed import scenes as world
 from testbed.judge_data import Bank, Material, Pair
 from testbed.judge_model import new_model, new_tokenizer, patches, reply_ids, request_ids, token_ids
 from testbed.measure_judge import ask, score, summary
-from testbed.oracle_judge import Judging, OracleJudge, Score
+from testbed.oracle_judge import OracleJudge
+from testbed.oracle_replies import Judging
+from testbed.preference import Score
 from testbed.train_judge import JudgeConfig, Stage
 
 
@@ -194,7 +196,7 @@ def test_the_saved_folder_asks_as_training_did(model: Qwen3VLForConditionalGener
 
 def test_training_resumes_exactly(tmp_path: Path, material: Material, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(name="stage", pictures=2, seed=1, steps=4, batch=2, peak_lr=1e-3)
-    monkeypatch.setattr(train_judge, "material", lambda config: material)
+    monkeypatch.setattr(train_judge, "material", lambda *_: material)
     finished = []
     for name, stops in (("whole", (4,)), ("parts", (2, 4))):
         config, model = replace(JudgeConfig(), build=tmp_path / name), new_model(0)

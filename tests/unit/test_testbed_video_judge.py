@@ -20,7 +20,9 @@ from testbed.judge_data import SIBLINGS, Pair
 from testbed.judge_model import CLIPS, new_model, new_tokenizer, reply_ids, request_ids, token_ids
 from testbed.judge_trace import winner_of
 from testbed.measure_judge import ask, summary
-from testbed.oracle_judge import Judging, OracleJudge, frame_times
+from testbed.oracle_judge import OracleJudge
+from testbed.oracle_replies import Judging
+from testbed.preference import frame_times
 from testbed.scenes import load_prompts
 from testbed.train_video_judge import STAGES, VideoJudgeConfig, make_batch, material
 from testbed.video_judge_data import SEEN, ClipBank, ClipMaterial, draw_renders
