@@ -2,7 +2,7 @@
 
 Learning rate 3e-6 as published; number of prompts and placement are our own choice, and nobody has run this recipe yet.
 Eight learners share float32 weights, gradients and AdamW's moments (FSDP2), eight rollout workers sample; the judge runs
-elsewhere. New weights go to the workers through the object store (`python -m grpo_flex plan` says how much it holds).
+elsewhere. New weights go to the workers by a collective broadcast.
 """
 
 from dataclasses import replace
@@ -18,6 +18,7 @@ def config() -> RunConfig:
         "optimizer.lr=3e-6",
         "placement.learners=8",
         "placement.shard_base=true",
+        "placement.broadcast=true",
         "placement.rollout_workers=8",
     )
     return replace(override(flux1_dev_flex.config(), changes), adapter=Full(state_each_step=False))

@@ -5,7 +5,7 @@ classifier-free guidance: it would double the cost of every step, and DiffusionN
 """
 
 from grpo_flex.advantages import GroupRelative
-from grpo_flex.config import Adapter, Checkpoint, Evaluation, Judge, Optimizer, Prompts, RunConfig, Sampling
+from grpo_flex.config import Adapter, Checkpoint, Evaluation, Judge, Optimizer, Placement, Prompts, RunConfig, Sampling
 from grpo_flex.dynamics import AllButLast, Ode
 from grpo_flex.generators.wan import Wan
 from grpo_flex.objectives.nft import Nft
@@ -36,7 +36,13 @@ def config() -> RunConfig:
             per_step=8,
         ),
         sampling=Sampling(
-            group_size=16, steps=10, eval_steps=10, dynamics=Ode(), window=AllButLast(), same_noise=False
+            group_size=16,
+            steps=10,
+            eval_steps=10,
+            dynamics=Ode(),
+            window=AllButLast(),
+            same_noise=False,
+            lookahead=1,
         ),
         judge=Judge(family=Flex(medium="video"), server=OracleJudge(), pairs=RoundRobin()),
         reward=WinRate(weights=(1.0, 0.5, 0.1)),
@@ -45,5 +51,6 @@ def config() -> RunConfig:
         adapter=Adapter(rank=16, alpha=32),
         optimizer=Optimizer(lr=1e-3, lr_end=0.1, updates_per_rollout=2, ema=0.9),
         evaluation=Evaluation(every=10, scorer=VideoOracle()),
+        placement=Placement(learner_threads=1),
         checkpoint=Checkpoint(every=10),
     )

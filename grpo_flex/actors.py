@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ import numpy as np
 import ray
 
 from grpo_flex import verdicts
+from grpo_flex.broadcast import Broken, Circle, Member
 from grpo_flex.config import Judge, RunConfig
 from grpo_flex.endpoints import EndpointState
 from grpo_flex.judging import JudgeClient
@@ -43,6 +45,7 @@ _two: Any = ray.method(num_returns=2)
 class RolloutActor:
     def __init__(self, config: RunConfig, device: str, name: str) -> None:
         self.config, self.device, self.name = config, device, name
+        self.member = Member(device)
         if config.sampling.lookahead:
             os.nice(GIVE_WAY)
 
@@ -78,6 +81,14 @@ class RolloutActor:
     def evaluate(self, prompts: Sequence[Prompt], adapter: Adapter) -> tuple[int, list[Sample]]:
         return len(prompts), self.worker.evaluate(prompts, adapter)
 
+    def receive(self, circle: Circle, rank: int, version: int, role: Role) -> str:
+        """Take over the weights that rank 0 of the circle sends: what went wrong, or nothing."""
+        try:
+            self.worker.receive(version, role, partial(self.member.receive, circle, rank))
+        except Broken as error:
+            return str(error)
+        return ""
+
 
 class LearnerActor:
     """One of the learners. ``join`` comes first where there are several."""
@@ -85,6 +96,7 @@ class LearnerActor:
     def __init__(self, config: RunConfig, device: str, rank: int = 0) -> None:
         self.config, self.device = config, device
         self.ranks = Ranks(rank, config.placement.learners, device)
+        self.member = Member(device)
 
     @cached_property
     def learner(self) -> Learner:
@@ -129,6 +141,26 @@ class LearnerActor:
         made = {"sampling": learner.adapter, "evaluation": learner.evaluation_adapter, "base": learner.base_adapter}
         adapter = self._of_rank_0(made[role])
         return learner.version, adapter and replace(adapter, tensors=Parcel(adapter.tensors))
+
+    def version(self) -> int:
+        return self.learner.version
+
+    def listen(self) -> str:
+        """Where receivers meet this process: "host:port"."""
+        return f"{ray.util.get_node_ip_address()}:{self.member.listen()}"
+
+    def send(self, circle: Circle, role: Role) -> str:
+        """Broadcast rank 0's weights of that role to the circle: what went wrong, or nothing."""
+        learner, values = self.learner, self.learner.each(role)
+        try:
+            if self.ranks.rank == 0:
+                self.member.send(circle, learner.whole.held(), values)
+        except Broken as error:
+            return str(error)
+        finally:
+            if learner.weights.split:  # all ranks put every tensor together, whoever is there to receive it
+                deque(values, maxlen=0)
+        return ""
 
     def state(self) -> dict[str, Any] | None:
         """Rank 0's."""

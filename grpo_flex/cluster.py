@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import ray
@@ -23,12 +23,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from grpo_flex import verdicts
 from grpo_flex.actors import ColocatedActor, JudgeActor, LearnerActor, RolloutActor, ScorerActor, Scribe
 from grpo_flex.config import ConfigError, Judge, RunConfig
+from grpo_flex.delivery import Delivery
 from grpo_flex.endpoints import EndpointState
-from grpo_flex.fleet import Fleet, Job
+from grpo_flex.fleet import Fleet, Job, Published
 from grpo_flex.learner_group import LearnerGroup
 from grpo_flex.rollout import HELDOUT_BATCH
 from grpo_flex.scorers import label
-from grpo_flex.types import Adapter, Prompt, RolloutGroup, Sample, UpdateBatch, UpdateResult, Verdict
+from grpo_flex.types import Adapter, Prompt, Role, RolloutGroup, Sample, UpdateBatch, UpdateResult, Verdict
+
+if TYPE_CHECKING:
+    AdapterRef = ray.ObjectRef[Adapter] | Published
 
 _STATES = {"ALIVE": "alive", "RESTARTING": "restarting", "DEAD": "dead"}
 """Ray's words for an actor, and ours; all others are on the way to "alive"."""
@@ -82,6 +86,7 @@ class Cluster:
             joining=self._joining,
             say=lambda text: self.say(text),
         )
+        self._delivery = Delivery(self._learners, self._fleet, place.broadcast_timeout_s, lambda text: self.say(text))
         self._states: list[EndpointState] = []
         self._states_asked: ray.ObjectRef[list[EndpointState]] | None = None
         self._next_join = 0.0
@@ -128,27 +133,39 @@ class Cluster:
 
     # ------------------------------------------------------------ work
 
-    def publish(self) -> ray.ObjectRef[Adapter]:
-        """Put the learner's current adapter into the object store; workers fetch it by this reference."""
-        return self._learners.publish("sampling")
+    def publish(self) -> AdapterRef:
+        """Put the learner's current adapter into the object store; workers fetch it by this reference.
 
-    def publish_evaluation(self) -> ray.ObjectRef[Adapter]:
+        With ``placement.broadcast`` it is sent when the first call needs it, so nobody trains in between.
+        """
+        return self._publish("sampling")
+
+    def publish_evaluation(self) -> AdapterRef:
         """The same for held-out samples: the adapter's average."""
-        return self._learners.publish("evaluation")
+        return self._publish("evaluation")
 
-    def publish_base(self) -> ray.ObjectRef[Adapter]:
+    def publish_base(self) -> AdapterRef:
         """The same for the base model."""
-        return self._learners.publish("base")
+        return self._publish("base")
+
+    def _publish(self, role: Role) -> AdapterRef:
+        return self._delivery.publish(role) if self.config.placement.broadcast else self._learners.publish(role)
+
+    def _submit(self, method: str, adapter: AdapterRef, *first: Any, **options: Any) -> Job:
+        """A call of the workers whose last argument is the adapter."""
+        if isinstance(adapter, Published):
+            self._delivery.send(adapter)
+        return self._fleet.submit(method, *first, adapter, **options)
 
     def generate(
         self,
         step: int,
         prompts: Sequence[Prompt],
-        adapter: ray.ObjectRef[Adapter],
+        adapter: AdapterRef,
         follow: Callable[..., None],
     ) -> Job:
         """Let a worker sample the groups of some prompts, ``together`` at most; see ``Job.follow``."""
-        return self._fleet.submit("generate", step, prompts, adapter, follow=follow, count=len(prompts))
+        return self._submit("generate", adapter, step, prompts, follow=follow, count=len(prompts))
 
     def wait(self, jobs: Sequence[Job], look: Callable[[], None]) -> None:
         """Until all groups are there; ``look`` is called about twice a second."""
@@ -194,10 +211,10 @@ class Cluster:
     def judge_is_healthy(self) -> bool:
         return ray.get(self._judge.healthy.remote())
 
-    def evaluate(self, prompts: Sequence[Prompt], adapter: ray.ObjectRef[Adapter]) -> Iterator[Sample]:
+    def evaluate(self, prompts: Sequence[Prompt], adapter: AdapterRef) -> Iterator[Sample]:
         """Held-out samples in the order of the prompts."""
         chunks = [list(prompts[i : i + HELDOUT_BATCH]) for i in range(0, len(prompts), HELDOUT_BATCH)]
-        jobs = [self._fleet.submit("evaluate", chunk, adapter) for chunk in chunks]
+        jobs = [self._submit("evaluate", adapter, chunk) for chunk in chunks]
         self._fleet.wait(jobs)
         for job in jobs:
             yield from ray.get(job.result)

@@ -338,6 +338,12 @@ class Placement:
     """Learners that take longer than this for an update are taken for hung."""
     shard_base: bool = False
     """Share the frozen base weights out among the learners (FSDP2) instead of keeping them whole in each."""
+    broadcast: bool = False
+    """New weights of a full fine-tuning go to all rollout workers by one collective broadcast (gloo on CPUs, NCCL on
+    GPUs), straight into their models. A worker that misses it gets them through Ray's object store, the way that all
+    of them take without it."""
+    broadcast_timeout_s: float = 120.0
+    """How long its members wait for each other, and for any one tensor, before the broadcast counts as failed."""
     scorer_cpus: float = 1.0
     """For each of ``scorers``."""
     scorer_gpus: float = 0.0
@@ -357,7 +363,7 @@ class Placement:
         for name in ("learner_restarts", "rollout_restarts", "rollout_workers_max", "wait_s"):
             if getattr(self, name) < 0:
                 yield name, f"is {getattr(self, name)}; it cannot be negative"
-        for name in ("update_timeout_s", "rollout_timeout_s"):
+        for name in ("update_timeout_s", "rollout_timeout_s", "broadcast_timeout_s"):
             if not getattr(self, name) > 0:
                 yield name, f"is {getattr(self, name)}; it needs to be above 0 seconds"
         if 0 < self.rollout_workers_max < self.rollout_workers:
@@ -444,6 +450,8 @@ class RunConfig:
             )
         if isinstance(self.adapter, Full):
             yield from self._whole_weights(self.adapter)
+        if self.placement.broadcast:
+            yield from self._no_broadcast()
         yield from self._who_judges()
         yield from _scorer_problems(self.scorers)
         if self.placement.colocated and self.sampling.lookahead:
@@ -481,6 +489,24 @@ class RunConfig:
             yield (
                 "adapter.keep_base",
                 f"is false, but {name} compares with the base weights, which nobody would have; set it to true",
+            )
+
+    def _no_broadcast(self) -> Iterator[Problem]:
+        """Why weights cannot be broadcast."""
+        name = "placement.broadcast"
+        if not isinstance(self.adapter, Full):
+            yield (
+                name,
+                "is true with a LoRA adapter, which is small and goes through Ray's object store: set it to false, or train "
+                "all weights with adapter=Full()",
+            )
+        if self.placement.colocated:
+            yield name, "is true with placement.colocated, where no weights travel: set one of the two to false"
+        if self.sampling.lookahead:
+            yield (
+                name,
+                f"is true with sampling.lookahead={self.sampling.lookahead}: workers then need weights of several versions, "
+                "and after a broadcast they hold one; set it to false, or sampling.lookahead=0",
             )
 
     def _who_judges(self) -> Iterator[Problem]:

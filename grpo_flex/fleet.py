@@ -6,12 +6,16 @@ What a call gives depends on its arguments alone, never on the worker, so that i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
+
+from grpo_flex.types import Adapter, Role
+
+T = TypeVar("T")
 
 POLL_S = 0.5
 """Between two looks at the workers while waiting for them."""
@@ -59,6 +63,34 @@ class Worker:
     heard: float = 0.0
     """When it last gave a result, or got work after having had none."""
     restarts: int = 0
+    holds: tuple[int, Role] | None = None
+    """Version and role of the ``Published`` weights that it has once it has done all its work; None: of none."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Published:
+    """An argument of a call: weights that go along with it only to a worker that does not hold them."""
+
+    version: int
+    role: Role
+    store: Callable[[], ray.ObjectRef[Adapter]]
+    """Puts them into the object store; called when the first worker needs them from there."""
+    sent: bool = False
+    """Whether they were broadcast (``delivery.py``)."""
+    _stored: ray.ObjectRef[Adapter] | None = None
+
+    @property
+    def key(self) -> tuple[int, Role]:
+        return self.version, self.role
+
+    def given_to(self, worker: Worker) -> Adapter | ray.ObjectRef[Adapter]:
+        """What a worker is called with, which then holds them."""
+        if worker.holds == self.key:
+            return Adapter(version=self.version, tensors={}, role=self.role)
+        if self._stored is None:
+            self._stored = self.store()
+        worker.holds = self.key
+        return self._stored
 
 
 class Fleet:
@@ -109,6 +141,23 @@ class Fleet:
             look()  # before lost workers are started again: the run may have been asked to end
             self.tend()
 
+    def free(self) -> list[Worker]:
+        """Those that have loaded their model and have nothing to do."""
+        return [worker for worker in self.workers.values() if worker.loading is None and not worker.jobs]
+
+    def answers(self, asked: Mapping[Worker, ray.ObjectRef[T]], timeout_s: float) -> dict[Worker, T]:
+        """What workers say in time to calls that are no jobs; those that turn out to have died are lost."""
+        if asked:
+            ray.wait(list(asked.values()), num_returns=len(asked), timeout=timeout_s)
+        said: dict[Worker, T] = {}
+        for worker, ref in asked.items():
+            try:
+                if _is_there(ref):
+                    said[worker] = ray.get(ref)
+            except RayActorError:
+                self._lose(worker, "died")
+        return said
+
     def tend(self) -> None:
         """See who is done, who is lost, who has joined; a few milliseconds.
 
@@ -147,7 +196,8 @@ class Fleet:
             worker.heard = time.monotonic()
         worker.jobs.append(job)
         call = getattr(worker.actor, job.method).options(num_returns=1 + job.count)
-        job.receipt, *job.results = call.remote(*job.arguments)
+        arguments = [a.given_to(worker) if isinstance(a, Published) else a for a in job.arguments]
+        job.receipt, *job.results = call.remote(*arguments)
         job.follow(*job.results)
 
     def _collect(self, worker: Worker) -> None:

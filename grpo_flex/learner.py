@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,7 +28,7 @@ from grpo_flex.objectives.renoise import renoised
 from grpo_flex.prompts import seed_for
 from grpo_flex.ranks import Ranks
 from grpo_flex.types import Adapter, Role, RolloutGroup, Trajectories, UpdateResult
-from grpo_flex.weights import Weights, follow, warmed_up, without_adapter
+from grpo_flex.weights import Weights, Whole, follow, warmed_up, without_adapter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -315,6 +315,16 @@ class Learner:
     def base_adapter(self) -> Adapter:
         """What leaves the base model as it is."""
         return self._published("base", self.weights.read_base())
+
+    def each(self, role: Role) -> Iterator[tuple[str, Tensor]]:
+        """What a published adapter of that role holds, one tensor after the other (full fine-tuning; ``Whole.each``)."""
+        weights = self.whole
+        return weights.each({"sampling": self._old, "evaluation": self._average, "base": weights.kept}[role])
+
+    @property
+    def whole(self) -> Whole:
+        assert isinstance(self.weights, Whole), "a validated configuration broadcasts no LoRA adapter"
+        return self.weights
 
     def _published(self, role: Role, tensors: Mapping[str, Tensor]) -> Adapter:
         return Adapter(version=self.version, tensors=tensors, role=role)

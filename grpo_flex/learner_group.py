@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from grpo_flex.broadcast import Circle
 from grpo_flex.types import Adapter, UpdateBatch, UpdateResult
 from grpo_flex.weights import Parcel
 
@@ -73,6 +74,19 @@ class LearnerGroup:
         """Rank 0's adapter in the object store; there when this returns."""
         return self._until_done(lambda: self._publish(role))
 
+    def version(self) -> int:
+        """Of the weights that ``publish`` and ``send`` take."""
+        said: Any = self._until_done(lambda: ray.get(self.actors[0].version.remote()))
+        return said
+
+    def send(self, role: str, invite: Callable[[str], tuple[Circle, T]]) -> tuple[str, T]:
+        """Broadcast rank 0's weights to the receivers that ``invite``, given rank 0's address, calls to a circle.
+
+        Returns:
+            What went wrong (or ""), and what ``invite`` gave beside the circle; the last time, if a learner died.
+        """
+        return self._until_done(lambda: self._send(role, invite))
+
     def adapter_files(self) -> dict[str, bytes]:
         made: Any = self._until_done(lambda: ray.get([actor.adapter_files.remote() for actor in self.actors]))
         return made[0]
@@ -103,6 +117,11 @@ class LearnerGroup:
         called = [actor.adapter.remote(role) for actor in self.actors]
         _all([receipt for receipt, _ in called], self._timeout_s)
         return called[0][1]
+
+    def _send(self, role: str, invite: Callable[[str], tuple[Circle, T]]) -> tuple[str, T]:
+        circle, invited = invite(ray.get(self.actors[0].listen.remote()))
+        problem, *_ = _all([actor.send.remote(circle, role) for actor in self.actors], self._timeout_s)
+        return problem, invited
 
     def _until_done(self, call: Callable[[], T]) -> T:
         while True:

@@ -57,7 +57,8 @@ class Plan:
     stored: int
     """Bytes of one step's groups in Ray's object store, on the host: trajectories, encodings, media."""
     published: int = 0
-    """Bytes of weights on the host: what was published, the learners' newest state, and copies that they keep there."""
+    """Bytes of weights on the host: what was published (nothing with ``placement.broadcast``, unless a worker misses it),
+    the learners' newest state, and copies that they keep there."""
     forward_flops: int
     """Of one denoising step of a whole group."""
     rollout_flops: int
@@ -237,7 +238,8 @@ def _published(config: RunConfig, learner: Learner) -> int:
     widths = [p.nbytes for p in learner.model.transformer.parameters() if p.requires_grad]
     exact = sum(p.nbytes for p in learner.parameters)
     state = 3 * exact + sum(t.nbytes for t in learner.apart) - sum(t.nbytes for t in learner.weights.kept)
-    return (1 + config.sampling.lookahead) * sum(widths) + (state if config.adapter.state_each_step else 0)
+    versions = 0 if config.placement.broadcast else 1 + config.sampling.lookahead
+    return versions * sum(widths) + (state if config.adapter.state_each_step else 0)
 
 
 def _trajectories(config: RunConfig, shape: tuple[int, int]) -> Trajectories:

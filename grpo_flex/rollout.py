@@ -7,7 +7,7 @@ sibling) and the adapter alone, not on which worker does it or what it did befor
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -18,7 +18,8 @@ from grpo_flex.config import RunConfig
 from grpo_flex.dynamics import Past, Selection, Step, step
 from grpo_flex.pictures import MOTION
 from grpo_flex.prompts import seed_for
-from grpo_flex.types import Adapter, Prompt, RolloutGroup, Sample, Trajectories
+from grpo_flex.types import Adapter, Prompt, Role, RolloutGroup, Sample, Trajectories
+from grpo_flex.weights import Whole
 
 if TYPE_CHECKING:
     import torch
@@ -127,12 +128,28 @@ class RolloutWorker:
         ]
 
     def use(self, adapter: Adapter) -> None:
-        """Load the adapter unless it is loaded already."""
+        """Load the adapter unless it is loaded already.
+
+        Raises:
+            ValueError: tensors of another model, or none for what the model does not hold.
+        """
         if (adapter.version, adapter.role) != self.loaded:
+            if not adapter.tensors:
+                raise ValueError(
+                    f"{self.name} was called without the {adapter.role} weights of version {adapter.version}, but it holds "
+                    f"{self.loaded}; this is a fault of the program, not of the configuration"
+                )
             self.loaded = (-1, "")  # a write that fails half way leaves no adapter that could be used
             assert self.weights is not None, "a shared model is lent what it needs"
             self.weights.write(adapter.tensors)
             self.loaded = (adapter.version, adapter.role)
+
+    def receive(self, version: int, role: Role, fill: Callable[[Mapping[str, Tensor]], None]) -> None:
+        """Let ``fill`` overwrite all weights in place with those of that version; until it is done, they are none's."""
+        assert isinstance(self.weights, Whole), "a validated configuration broadcasts no LoRA adapter"
+        self.loaded = (-1, "")
+        fill(self.weights.held())
+        self.loaded = (version, role)
 
     def sample_ode(self, conditioning: Conditioning, seeds: Sequence[int], steps: int) -> Tensor:
         """Clean latents [len(seeds), N, C] by the held-out samples' solver."""

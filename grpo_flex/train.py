@@ -32,8 +32,9 @@ from grpo_flex.scorers import scorer_metrics
 from grpo_flex.types import Adapter, Prompt, RewardedGroup, RolloutGroup, Sample, UpdateBatch, Verdict
 
 if TYPE_CHECKING:
+    from grpo_flex.cluster import AdapterRef
+
     GroupRef = ray.ObjectRef[RolloutGroup]
-    AdapterRef = ray.ObjectRef[Adapter]
 
 HEARTBEAT_S = 5.0
 """Between two looks at a judge that is away."""
@@ -240,7 +241,8 @@ class Trainer:
         """Write a checkpoint of the completed steps; ``numbers`` are those of the last one."""
         self.console.phase("save")
         state, config = self.cluster.learner_state(), self.config.checkpoint
-        ahead: list[Adapter] = ray.get(list(self._adapters)[:-1])
+        older: list[Any] = list(self._adapters)[:-1]  # references: with a broadcast there are no older ones
+        ahead: list[Adapter] = ray.get(older)
         state |= {"ahead": [(a.version, dict(a.tensors)) for a in ahead]}
         score = (numbers or {}).get(headline_key([dict(numbers or {})]) or "")
         return checkpoint.save(self.log.run_dir, self.step, state, config.keep, score, config.keep_best)

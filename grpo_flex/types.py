@@ -146,7 +146,7 @@ class Adapter:
 
     version: int
     tensors: Mapping[str, torch.Tensor]
-    """peft state-dict keys, CPU tensors in the adapter's own precision."""
+    """peft state-dict keys, CPU tensors in the adapter's own precision. None where the receiver has them already."""
     role: Role = "sampling"
     """Adapters of one version: what rollouts sample with; what is evaluated, shown and exported; zeros."""
 

@@ -218,13 +218,17 @@ class Whole:
 
     def read(self, values: Sequence[Tensor], exact: bool = False) -> dict[str, Tensor]:
         """On rank 0 alone where parameters are split: the others take part and have nothing to keep."""
-        found: dict[str, Tensor] = {}
+        return {name: t.to("cpu", copy=True) for name, t in self.each(values, exact) if self._reads}
+
+    def each(self, values: Sequence[Tensor], exact: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """As ``read``, one after the other and not copied; where parameters are split all ranks have to go through all."""
         for name, p, value in zip(self._names, self._working, values, strict=True):
             there = p.device if self.split else value.device
-            gathered = whole(value.detach().to(there, value.dtype if exact else p.dtype), p)
-            if self._reads:
-                found[name] = gathered.to("cpu", copy=True)
-        return found
+            yield name, whole(value.detach().to(there, value.dtype if exact else p.dtype), p)
+
+    def held(self) -> dict[str, Tensor]:
+        """What the model computes with, by name and in the same memory."""
+        return {name: p.detach() for name, p in zip(self._names, self._working, strict=True)}
 
     def read_base(self) -> dict[str, Tensor]:
         return self.read(self.kept)

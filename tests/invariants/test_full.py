@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,16 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from ray import cloudpickle
 
 from grpo_flex.actors import LearnerActor, RolloutActor
-from grpo_flex.config import ConfigError, Full, RunConfig
+from grpo_flex.broadcast import Circle
+from grpo_flex.config import Adapter as LoraAdapter
+from grpo_flex.config import ConfigError, Full, Placement, RunConfig
 from grpo_flex.evaluate import read_weights
 from grpo_flex.learner import BoundPolicy, Learner
 from grpo_flex.objectives.grpo import Grpo
 from grpo_flex.objectives.nft import Nft
 from grpo_flex.plan import make_plan
 from grpo_flex.rollout import UNTRAINED, RolloutWorker
-from grpo_flex.types import Prompt, RolloutGroup
+from grpo_flex.types import Adapter, Prompt, Role, RolloutGroup
 from grpo_flex.weights import Parcel
 from tests.configs import tiny_config
 from tests.invariants.test_ranks import both, several, trained
@@ -123,6 +126,54 @@ def test_what_a_worker_holds_is_what_was_published_bit_for_bit(full: RunConfig) 
     broken = replace(arrived, role="evaluation", tensors={k: t[:-1] for k, t in adapter.tensors.items()})
     with pytest.raises(ValueError, match=r"do not fit the model.*generator\.model"):
         worker.use(broken)
+
+
+def test_what_is_broadcast_is_what_was_published_bit_for_bit(full: RunConfig) -> None:
+    generator: Any = replace(full.generator, dtype="bfloat16")  # pyright: ignore[reportArgumentType]
+    full = replace(full, generator=generator, objective=Nft(old_rate=0.5))
+    learner, actor = LearnerActor(full, "cpu"), RolloutActor(full, "cpu", "rollout-0")
+    for step in range(2):
+        group = RolloutWorker(full).generate(step, PROMPT, learner.learner.adapter())
+        learner.learner.update([group], [ADVANTAGES], step)
+    circle = Circle(address=f"127.0.0.1:{learner.member.listen()}", name="a", size=2, timeout_s=60.0)
+    before: dict[str, torch.Tensor] = {}
+    roles: tuple[Role, ...] = ("sampling", "evaluation", "base")
+    for role in roles:
+        with ThreadPoolExecutor(1) as pool:
+            received = pool.submit(actor.receive, circle, 1, 2, role)
+            assert learner.send(circle, role) == received.result() == ""
+        _, adapter = learner.adapter(role)
+        assert adapter is not None
+        held = {name: t.clone() for name, t in actor.worker.model.transformer.state_dict().items()}
+        assert same(held, dict(adapter.tensors)) and not same(held, before or {})
+        actor.worker.use(replace(adapter, tensors={}))  # nothing has to go along
+        before = held
+    alone = replace(circle, name="b", timeout_s=0.5)
+    assert "rank 1 of 2 did not come" in learner.send(alone, "sampling")
+    assert "rank 0 of 2 did not come" in actor.receive(replace(alone, name="c"), 1, 2, "base")
+    with pytest.raises(
+        ValueError, match=r"rollout-0 was called without the base weights of version 2, but it holds \(-1, ''\)"
+    ):
+        actor.evaluate([PROMPT], Adapter(version=2, tensors={}, role="base"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"adapter": LoraAdapter()}, r"placement\.broadcast is true with a LoRA adapter.*adapter=Full\(\)"),
+        (
+            {"placement": Placement(broadcast=True, colocated=True)},
+            r"placement\.broadcast is true with placement\.coloc",
+        ),
+        ({"lookahead": 2}, r"placement\.broadcast is true with sampling\.lookahead=2.*lookahead=0"),
+    ],
+)
+def test_what_cannot_be_broadcast_is_refused(full: RunConfig, changes: dict[str, Any], message: str) -> None:
+    full = replace(full, placement=replace(full.placement, broadcast=True))
+    full.validate()
+    sampling = replace(full.sampling, lookahead=changes.pop("lookahead", 0))
+    with pytest.raises(ConfigError, match=message):
+        replace(full, sampling=sampling, **changes).validate()
 
 
 def test_a_parcel_travels_beside_the_pickle_and_keeps_what_is_shared() -> None:
