@@ -41,18 +41,19 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from grpo_flex.run import resumed_config, train
+    from grpo_flex.run import fetch, resumed, train
 
     words = [w for w in arguments.experiment_and_overrides if w]
     if arguments.resume:
         words = words if not words or "=" in words[0] else words[1:]
-        resume = Path(arguments.resume)
-        config = resumed_config(resume, [*_model(arguments), *words])
+        resume, config = resumed(arguments.resume, [*_model(arguments), *words])
     else:
         resume, config = None, _experiment(words, _model(arguments))
     config.validate()
     if arguments.dry_run:
         return _dry_run(config)
+    if resume:
+        fetch(arguments.resume, resume)
     return train(config, resume)
 
 
@@ -180,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="EXPERIMENT [field=value …]",
         help="e.g. experiments/shapes_image.py optimizer.lr=1e-4",
     )
-    train.add_argument("--resume", metavar="RUN", help="continue runs/NAME from its newest checkpoint")
+    train.add_argument("--resume", metavar="RUN", help="continue runs/NAME, or a copy like s3://bucket/runs/NAME")
     train.add_argument("--dry-run", action="store_true", help="check and print the configuration, start nothing")
     train.set_defaults(run=_train)
 

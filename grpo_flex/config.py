@@ -390,11 +390,18 @@ class Checkpoint:
     """So many of the newest stay."""
     keep_best: bool = True
     """The one with the best held-out score (the first that ``evaluation.scorer`` gives, or "oracle") stays too."""
+    mirror: str = ""
+    """Below it the run's directory is copied after each checkpoint and at the end, as <mirror>/<its name>: a URL that
+    fsspec knows (s3://bucket/runs, gs://…, file:///…) or an absolute path. ``--resume <mirror>/<name>`` brings it back."""
 
     def problems(self) -> Iterator[Problem]:
         for name in ("every", "keep"):
             if getattr(self, name) < 1:
                 yield name, f"is {getattr(self, name)}; it needs at least 1"
+        if self.mirror:
+            from grpo_flex.copied_run import problem
+
+            yield from (("mirror", complaint) for complaint in problem(self.mirror))
 
 
 @dataclass(frozen=True, kw_only=True)

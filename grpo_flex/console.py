@@ -359,6 +359,7 @@ def summary(run_dir: str | Path, resume_command: str = "", out: TextIO | None = 
     lines += [("held-out", text) for text in _before_after(rows)]
     for label, name in _RESULTS:
         lines += [(label, str(run_dir / name))] if (run_dir / name).exists() else []
+    lines += _mirror_lines(run_dir)
     lines += [("continue", resume_command)] if resume_command else []
     _print_lines(lines, out)
 
@@ -413,9 +414,20 @@ def status(run_dir: str | Path, out: TextIO | None = None) -> None:
         lines.append(("ETA", duration(state["eta_s"])))
     lines += [("held-out", text) for text in _before_after(rows)]
     lines.append(("checkpoint", _last_checkpoint(run_dir)))
+    lines += _mirror_lines(run_dir)
     lines += [("worker", f"{name}: {what}") for name, what in state.get("workers", {}).items()]
     lines += [("judge", f"{name}: {what}") for name, what in state.get("judge", {}).items()]
     _print_lines(lines, out)
+
+
+def _mirror_lines(run_dir: Path) -> list[tuple[str, str]]:
+    from grpo_flex.copied_run import record
+
+    if not (known := record(run_dir)):
+        return []
+    return [
+        ("mirror", f"{known['url']}, of step {known['step']}" if known["step"] else f"nothing at {known['url']} yet")
+    ]
 
 
 def _pace_lines(recent: list[Row]) -> list[tuple[str, str]]:

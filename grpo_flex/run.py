@@ -6,8 +6,9 @@ import itertools
 import os
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,9 @@ from grpo_flex import checkpoint, verdicts
 from grpo_flex.config import ConfigError, Judge, RunConfig
 from grpo_flex.config_file import from_json, to_json
 from grpo_flex.console import running_pid
+from grpo_flex.copied_run import Copy, check_writable, is_copy, problem
 from grpo_flex.generators.encodings import report
+from grpo_flex.mirror import Mirror
 from grpo_flex.overrides import override
 from grpo_flex.prompts import PromptStream, read_prompts
 from grpo_flex.room import check_room
@@ -48,11 +51,40 @@ def resumed_config(run_dir: Path, overrides: Sequence[str]) -> RunConfig:
     return override(from_json(path.read_text()), overrides)
 
 
+def resumed(where: str, overrides: Sequence[str]) -> tuple[Path, RunConfig]:
+    """The directory and the configuration of an earlier run; a copy's directory is not there before ``fetch``.
+
+    Raises:
+        ConfigError, MirrorError: ``where`` is neither a run nor a copy of one, or the directory holds something else.
+    """
+    if not is_copy(where):
+        return Path(where), resumed_config(Path(where), overrides)
+    for complaint in problem(where):
+        raise ConfigError(f"--resume {complaint}")
+    copy = Copy.at(where)
+    mirror, _, name = copy.url.rpartition("/")
+    overrides = [f"checkpoint.mirror={mirror}", *overrides]
+    config = override(from_json(copy.config()), overrides)
+    run_dir = Path(config.runs_dir) / name
+    return run_dir, resumed_config(run_dir, overrides) if copy.is_here(run_dir) else config
+
+
+def fetch(where: str, run_dir: Path) -> None:
+    """Bring the run's directory back if ``where`` names a copy and it is not there already."""
+    if not is_copy(where):
+        return
+    if run_dir.exists():
+        _say(f"{run_dir} is as new as {where}, or newer; nothing has to be brought back")
+        return
+    _say(f"bringing {run_dir} back from {where} …")
+    Copy.at(where).bring_back(run_dir)
+
+
 def train(config: RunConfig, resume: Path | None = None) -> int:
     """Run an experiment to its end, or until it is interrupted. Returns the process's exit status.
 
     Raises:
-        ConfigError, CheckpointError: nothing was started and nothing is left behind.
+        ConfigError, CheckpointError, MirrorError: nothing was started and nothing is left behind.
     """
     config.validate()
     to_json(config)  # refuses, before anything is started, what a resume could not read back
@@ -64,15 +96,20 @@ def train(config: RunConfig, resume: Path | None = None) -> int:
     if done >= config.steps:
         raise ConfigError(f"{resume} has completed its {done} steps; to go on, give a larger number: steps={2 * done}")
     check_room(config, _say)
+    if place := config.checkpoint.mirror:
+        check_writable(place)
     # Until the loop has its own handler, a SIGTERM unwinds like a Ctrl-C and leaves nothing half made.
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a background job of a shell is started deaf to it
         signal.signal(number, signal.default_int_handler)
     with ExitStack() as stack:
         run_dir = resume or stack.enter_context(_fresh_run_dir(config))
+        mirror = stack.enter_context(Mirror(place, run_dir, _say)) if place else None
         _say(f"{'resuming' if resume else 'starting'} {run_dir}: judge, rollout workers and learner …")
         trainer = _assemble(stack, config, run_dir, prompts, heldout, done, state)
+        if mirror is not None:
+            trainer.mirror, mirror.say = mirror, trainer.console.note
         status = _run_to_the_end(trainer)
-    _finish(run_dir, config, status)
+    _finish(run_dir, config, status, mirror)
     return status
 
 
@@ -187,18 +224,20 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _finish(run_dir: Path, config: RunConfig, status: int) -> None:
+def _finish(run_dir: Path, config: RunConfig, status: int, mirror: Mirror | None) -> None:
     from grpo_flex.console import summary
     from grpo_flex.report import write_report
 
     write_report(run_dir)
+    if mirror is not None:
+        mirror.finish()
     again = f"python -m grpo_flex train --resume {run_dir}"
     summary(run_dir, again + (f" steps={2 * config.steps}" if status == 0 else ""), stopped=status != 0)
 
 
 @contextmanager
 def _fresh_run_dir(config: RunConfig) -> Iterator[Path]:
-    """runs/<name>, or runs/<name>-2 … if that exists; removed again if no step 0 was ever logged in it.
+    """runs/<name>, or runs/<name>-2 … if that exists, here or in the mirror; removed again if no step 0 was ever logged in it.
 
     Raises:
         ConfigError: no permission or too little space below ``runs_dir``.
@@ -212,7 +251,7 @@ def _fresh_run_dir(config: RunConfig) -> Iterator[Path]:
                 f"runs_dir '{parent}' has {free} MB free; a run needs at least {SPACE_MB} MB for pictures, verdicts and "
                 "checkpoints: free some, or give another place with runs_dir=…"
             )
-        run_dir = _make_unused(parent / config.name)
+        run_dir = _make_unused(parent / config.name, partial(_is_copied, config.checkpoint.mirror))
     except OSError as error:
         raise ConfigError(
             f"runs_dir '{parent}' cannot be written to ({error.strerror}); give another place with runs_dir=…"
@@ -229,10 +268,17 @@ def _has_metrics(run_dir: Path) -> bool:
     return metrics.is_file() and metrics.stat().st_size > 0
 
 
-def _make_unused(path: Path) -> Path:
+def _is_copied(mirror: str, name: str) -> bool:
+    """Whether the mirror has a run of that name, which a new one would take the place of."""
+    return bool(mirror) and Copy.at(f"{mirror.rstrip('/')}/{name}").manifest() is not None
+
+
+def _make_unused(path: Path, taken: Callable[[str], bool]) -> Path:
     """Make ``path``, or path-2, path-3 …, whichever is free first; safe against a run that starts at the same moment."""
     for number in itertools.count(1):
         candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        if taken(candidate.name):
+            continue
         try:
             candidate.mkdir()
         except FileExistsError:

@@ -26,6 +26,7 @@ from grpo_flex.guards import Regress, regress, spread, versus_base
 from grpo_flex.judge_server import JudgeAway, JudgeServer
 from grpo_flex.judging import judge_metrics, judged_share
 from grpo_flex.metrics import RunLog, VerdictRow, curve, headline_key, read_metrics
+from grpo_flex.mirror import Mirror
 from grpo_flex.prompts import PromptStream, seed_for
 from grpo_flex.rewards import reward_metrics
 from grpo_flex.scorers import scorer_metrics
@@ -90,6 +91,7 @@ class Trainer:
     ) -> None:  # fmt: skip
         self.config, self.cluster, self.log, self.console = config, cluster, log, console
         self.prompts, self.heldout, self.step, self.server = prompts, heldout, step, server
+        self.mirror: Mirror | None = None
         self._stop = False
         self._next_look = 0.0
         self._starved = 0
@@ -245,7 +247,10 @@ class Trainer:
         ahead: list[Adapter] = ray.get(older)
         state |= {"ahead": [(a.version, dict(a.tensors)) for a in ahead]}
         score = (numbers or {}).get(headline_key([dict(numbers or {})]) or "")
-        return checkpoint.save(self.log.run_dir, self.step, state, config.keep, score, config.keep_best)
+        folder = checkpoint.save(self.log.run_dir, self.step, state, config.keep, score, config.keep_best)
+        if self.mirror is not None:
+            self.mirror.copy()
+        return folder
 
     # ------------------------------------------------------------ waiting
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from grpo_flex.config_file import to_json
 from grpo_flex.metrics import read_metrics
 from grpo_flex.run import RESUME_ME
 from grpo_flex.types import Prompt
+from grpo_flex.verdicts import FILE_NAME, read_verdicts
 from tests.configs import judge_of, tiny_config
 from tests.integration.processes import experiment_file, rows, start_training, wait_for
 
@@ -94,6 +96,25 @@ def test_a_run_stopped_in_its_first_step_can_be_resumed(straight: Path, tmp_path
     # Overrides may stand behind --resume, as `make … RESUME=… ARGS=…` writes them.
     assert main(["train", "exp.py", "--resume", str(run_dir), "steps=4"]) == 0
     assert numbers(run_dir) == numbers(straight / "runs" / "tiny")
+
+
+def test_a_run_brought_back_from_its_mirror_equals_the_run_never_stopped(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mirror, run_dir = f"file://{tmp_path}/mirror", tmp_path / "runs" / "tiny"
+    file = experiment(tmp_path, steps=2)
+    assert main(["train", file, f"checkpoint.mirror={mirror}"]) == 0
+    assert f"{mirror}/tiny, of step 2" in capsys.readouterr().out
+    shutil.rmtree(run_dir)  # the node is gone
+    assert main(["train", "--resume", f"{mirror}/tiny", "steps=4"]) == 0
+    assert f"{mirror}/tiny, of step 4" in capsys.readouterr().out
+    assert numbers(run_dir) == numbers(straight / "runs" / "tiny")
+    assert [e.step for e in read_verdicts(run_dir / FILE_NAME)] == [
+        e.step for e in read_verdicts(straight / "runs" / "tiny" / FILE_NAME)
+    ]
+    assert main(["train", "--resume", f"{mirror}/tiny"]) == 2
+    out, err = capsys.readouterr()
+    assert "nothing has to be brought back" in out and "has completed its 4 steps" in err
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,8 +202,6 @@ def test_unreadable_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_no_space(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    import shutil
-
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30, 2**20))  # pyright: ignore
     assert "has 1 MB free" in refused(tiny_config(tmp_path), tmp_path, capsys)
 
@@ -191,6 +210,19 @@ def test_a_runs_dir_that_cannot_be_written(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "file").write_text("")
     config = tiny_config(tmp_path, runs_dir=str(tmp_path / "file" / "runs"))
     assert "runs_dir" in refused(config, tmp_path, capsys)
+
+
+def test_a_mirror_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    config = tiny_config(tmp_path)
+    for place in (tmp_path / "file" / "mirror", Path(config.runs_dir)):
+        message = refused(replace(config, checkpoint=replace(config.checkpoint, mirror=str(place))), tmp_path, capsys)
+        assert "checkpoint.mirror" in message and "give another place" in message
+
+
+def test_a_mirror_without_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--resume", f"file://{tmp_path}/tiny"]) == 2
+    assert "there is no copy of a run at" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("folder", ["nowhere", "."])
