@@ -14,7 +14,7 @@ from itertools import pairwise, product
 from typing import Any
 
 from reward_server.families.flex import category_names
-from testbed import oracle_judge
+from testbed import preference
 from testbed.oracle import MAX_OBJECTS, Reading, Score, Seen, relation_holds, size_word
 from testbed.preference import NEAR, merit
 from testbed.scenes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES
@@ -119,7 +119,7 @@ def _word_of(dimension: str, held: Mapping[str, bool]) -> str:
     return _OBJECT[held[f"{key}.colour"], held[f"{key}.shape"]]
 
 
-def winner_of(one: oracle_judge.Score, two: oracle_judge.Score) -> int | None:
+def winner_of(one: preference.Score, two: preference.Score) -> int | None:
     """0 or 1, or None where the oracle sees no difference at all."""
     first, second = merit(one, two)
     return None if first == second else int(second > first)
