@@ -28,7 +28,7 @@ $(VENV)/.done: pyproject.toml
 train-image-grpo: setup setup-judge  ## train the tiny FLUX by the tiny judge's verdicts: a new run, or RESUME=runs/NAME; ARGS="field=value …"
 	@$(PY) -m grpo_flex train experiments/shapes_image.py $(if $(RESUME),--resume $(RESUME)) $(ARGS)
 
-train-video-grpo: setup  ## the same for the tiny Wan, whose weights are not here yet: python -m testbed.train_wan makes them (hours)
+train-video-grpo: setup  ## train the tiny Wan, which shows moving shapes, by an oracle's verdicts: RESUME and ARGS as above
 	@$(PY) -m grpo_flex train experiments/shapes_video.py $(if $(RESUME),--resume $(RESUME)) $(ARGS)
 
 evaluate: setup  ## score a run's adapter on held-out prompts: RUN=runs/NAME
@@ -58,6 +58,7 @@ serve-judge: setup-judge $(if $(RAY_ADDRESS),setup)  ## host a judge until Ctrl-
 
 testbed-models: setup  ## rebuild the testbed's weights (hours on a laptop; resumable)
 	$(PY) -m testbed.train_flux
+	$(PY) -m testbed.train_wan
 
 train-judge: setup setup-judge  ## train the testbed's tiny judge from nothing (hours; resumable)
 	$(PY) -m testbed.train_judge --output testbed/.build/judge_pretrained

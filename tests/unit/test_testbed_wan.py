@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from testbed import clips as world
-from testbed import train_wan, train_wan_vae
+from testbed import measure_wan, train_wan, train_wan_vae
+from testbed.scenes import load_prompts
+from testbed.video_oracle import check_clips, score, score_clips, summary
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -84,3 +86,27 @@ def test_rotated_colours_stay_in_range_and_leave_the_other_half_alone():
     assert torch.equal(turned[4:], clips[4:])
     lengths, before = turned[:4].norm(dim=1), clips[:4].norm(dim=1)
     torch.testing.assert_close(lengths, 0.6 * before, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def saved():
+    """The pipeline in the repository, as users load it."""
+    return measure_wan.load(train_wan.OUTPUT)
+
+
+def test_the_saved_weights_are_small():
+    assert sum(path.stat().st_size for path in train_wan.OUTPUT.rglob("*") if path.is_file()) <= 12e6
+
+
+def test_reconstructions_of_true_clips_are_read_right(saved):
+    clips = check_clips()[:120]
+    again = train_wan_vae.reconstruct(saved.vae, world.render_clips(clips))
+    assert summary(score_clips(again, clips))["alignment"] >= 0.95
+
+
+def test_the_saved_pipeline_shows_motion_and_obeys_badly(saved):
+    records = load_prompts("shapes_video_heldout")[:48]
+    frames = measure_wan.sample(saved, [record["text"] for record in records])
+    found = summary([score(clip, record["reference"]) for clip, record in zip(frames, records, strict=True)])
+    assert 0.25 <= found["alignment"] <= 0.65
+    assert found["dynamic"] > 3
