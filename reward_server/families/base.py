@@ -113,6 +113,8 @@ class ChatFamily:
     # Not annotated, so these are no fields: a family's own, not the user's to set.
     candidates = 2
     sources = 0
+    open_ended = False
+    """Whether a reply may still change after it looks complete, so that one that was cut off is no answer."""
     decisive: ClassVar[tuple[str, ...]] = ()
     """The scores that say how good a candidate is, where the others are parts of them; empty: all, equally."""
 
@@ -158,7 +160,7 @@ class ChatFamily:
 
     def read(self, completion: Completion) -> Reply:
         reply = self.parse(completion.text)
-        if reply.status == "unparsed" and completion.finish_reason == "length":
+        if completion.finish_reason == "length" and (self.open_ended or reply.status == "unparsed"):
             return unparsed("cut off at max_tokens")
         return reply
 
@@ -199,7 +201,7 @@ def user_message(media: Sequence[Sequence[str]], text: str) -> dict[str, Any]:
 _NOUN = r"(?:the )?(?:edited )?(?:image|video|picture|answer|candidate|clip)"
 _SIDE = re.compile(
     rf"{_NOUN} ?#?([12])"
-    r"(?:(?: is| was| looks)?(?: clearly| slightly| significantly)?(?: the)? "
+    r"((?: is| was| looks)?(?: clearly| slightly| significantly)?(?: the)? "
     r"(?:better|best|preferred|winner|wins)(?: one)?"
     rf"(?:(?: than| over) {_NOUN} ?#?([12]))?)?"
 )
@@ -211,13 +213,18 @@ _TIES = re.compile(
 _EDGES = " \t\r\n.!;:,*_`'\"()[]<>"
 
 
-def side(answer: object) -> float | None:
+def side(answer: object, sentence: bool = False) -> float | None:
     """The position that an answer names, or None where it does not plainly name one.
+
+    Args:
+        sentence: a name alone is no answer; it may be the heading of what is said of that candidate.
 
     >>> side("Image 1 is better than Image 2"), side("Video 2"), side("Both images are equally good")
     (0.0, 1.0, 0.5)
     >>> side("Image 1/2"), side("Image 1 is better than Image 1"), side(1)
     (None, None, None)
+    >>> side("Image 1:", sentence=True), side("Image 1 is better", sentence=True)
+    (None, 0.0)
     """
     if not isinstance(answer, str) or len(answer) > LONGEST_ANSWER:
         return None
@@ -225,7 +232,7 @@ def side(answer: object) -> float | None:
     if _TIES.fullmatch(words):
         return TIE
     match = _SIDE.fullmatch(words)
-    if match is None or match[1] == match[2]:
+    if match is None or match[1] == match[3] or (sentence and not match[2]):
         return None
     return FIRST if match[1] == "1" else SECOND
 
@@ -259,6 +266,8 @@ def json_object(text: str) -> tuple[dict[str, Any] | None, str]:
 
     Only the first brace is tried, so the time is linear. A second object after it means two answers.
     """
+    if thinks_on(text):
+        return None, "truncated"
     text = after_thinking(text)
     start = text.find("{")
     if start < 0:
@@ -281,9 +290,17 @@ def after_thinking(text: str) -> str:
     return text.rpartition("</think>")[2]
 
 
+def thinks_on(text: str) -> bool:
+    """Whether a thought is begun that never ends, so that nothing in the text is an answer."""
+    return "<think>" in after_thinking(text)
+
+
 def plain_lines(text: str) -> Iterator[str]:
-    """The lines that say something, each ``plain``; those longer than ``LONGEST_ANSWER`` are passed over."""
-    for line in after_thinking(text).splitlines():
+    """The lines that say something, each ``plain``; those longer than ``LONGEST_ANSWER`` are passed over.
+
+    None at all where a thought never ends.
+    """
+    for line in () if thinks_on(text) else after_thinking(text).splitlines():
         if len(line) <= LONGEST_ANSWER and (words := plain(line)):
             yield words
 

@@ -65,6 +65,7 @@ class EditPair(_Edit):
     """The better of two edits."""
 
     name: ClassVar[str] = "edit_pair"
+    open_ended = True
 
     def parse(self, text: str) -> Reply:
         return parse_pair(text)

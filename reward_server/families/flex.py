@@ -40,7 +40,8 @@ _FULL_NAMES = {
         "Narrative, Aesthetics & Cinematography",
     ),
 }
-_PREFIX = re.compile(r"\(?(?:category )?(?:[a-z]|\d{1,2})[.):] ?")
+_PREFIX = re.compile(r"\(?(?:category )?(?:[a-z]|\d{1,2}|[ivx]{1,4})(?:[.):\]] ?| ?[-\u2013\u2014] ?)")
+_MEDIUM = re.compile(r" \((?:images?|videos?)\)?$")
 SCORE_SUM, SUM_TOLERANCE = 10.0, 0.01
 
 
@@ -55,7 +56,7 @@ def anchor_of(name: object) -> str | None:
     if not isinstance(name, str) or len(name) > 200:
         return None
     bare = _PREFIX.sub("", plain(name), count=1) if _PREFIX.match(plain(name)) else plain(name)
-    words = set(re.findall(r"\w+", bare.replace("&", " and ")))
+    words = set(re.findall(r"\w+", _MEDIUM.sub("", bare).replace("&", " and ")))
     meant = [a for a in ANCHORS if words <= _OWN_WORDS[a] and words & _KEY_WORDS[a]]
     return meant[0] if len(meant) == 1 else None
 

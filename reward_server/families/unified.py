@@ -103,9 +103,10 @@ def _higher(one: float, two: float) -> float:
 def parse_pair1(text: str) -> Reply:
     """UnifiedReward 1.0, two candidates: a line such as "Image 1 is better" or "Both images are equally good".
 
-    Lines that do not name a side are prose. Unparsed: no line does, or two do and disagree.
+    Lines that do not say so are prose, also those that only name a candidate: headings. Unparsed: no line does, or two
+    do and disagree.
     """
-    named = {side(line) for line in plain_lines(text)} - {None}
+    named = {side(line, sentence=True) for line in plain_lines(text)} - {None}
     if len(named) > 1:
         return unparsed("two answers")
     if not named:
@@ -139,6 +140,7 @@ class Unified2Point(ChatFamily):
     """UnifiedReward 2.0: one candidate, 1 to 5 on alignment, coherence (video: physics) and style."""
 
     name: ClassVar[str] = "unified2_point"
+    open_ended = True
     candidates = 1
 
     def parse(self, text: str) -> Reply:
@@ -150,6 +152,7 @@ class Unified2Pair(ChatFamily):
     """UnifiedReward 2.0: two candidates, scores that add up to 1 on each axis."""
 
     name: ClassVar[str] = "unified2_pair"
+    open_ended = True
 
     def parse(self, text: str) -> Reply:
         return parse_pair2(text)
@@ -160,6 +163,7 @@ class Unified1Pair(ChatFamily):
     """UnifiedReward 1.0: the better of two, or equally good."""
 
     name: ClassVar[str] = "unified1_pair"
+    open_ended = True
 
     def parse(self, text: str) -> Reply:
         return parse_pair1(text)
@@ -170,6 +174,7 @@ class Unified1Point(ChatFamily):
     """UnifiedReward 1.0: the prompt's elements checked, and a final score from 1 to 5."""
 
     name: ClassVar[str] = "unified1_point"
+    open_ended = True
     candidates = 1
     decisive = ("final",)
 

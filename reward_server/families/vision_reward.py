@@ -116,6 +116,7 @@ class VisionReward(ChatFamily):
     """Scores one candidate by a weighted checklist, all questions in one request."""
 
     name: ClassVar[str] = "vision_reward"
+    open_ended = True
     candidates = 1
     decisive = ("checklist",)
 

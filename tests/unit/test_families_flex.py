@@ -55,6 +55,21 @@ def test_a_name_with_foreign_words_is_no_anchor(name: object) -> None:
     assert anchor_of(name) is None
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "[B] Image Quality", "B - Image Quality & Realism", "Category B \u2014 Image Quality & Realism",
+        "II. Image Quality", "Image Quality & Realism (Image)", "b: image quality",
+    ],
+)  # fmt: skip
+def test_an_anchor_is_known_whatever_stands_before_or_after_its_name(name: str) -> None:
+    assert anchor_of(name) == "quality"
+
+
+def test_thoughts_that_never_end_are_no_answer() -> None:
+    assert parse("<think>" + json.dumps(answer("Image 1")) + " but wait").problem == "truncated"
+
+
 def test_video_anchor_names_mean_the_same_anchors() -> None:
     assert tuple(map(anchor_of, category_names("video"))) == ANCHORS
     assert tuple(map(anchor_of, category_names("image"))) == ANCHORS

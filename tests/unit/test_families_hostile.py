@@ -99,6 +99,14 @@ CORPUS: list[tuple[ChatFamily, str, Any]] = [
     (Unified1Pair(), "Image 1/2 is better", "answer names no side"),
     (Unified1Pair(), "图像1更好\u3002", "answer names no side"),
     (Unified1Pair(), "  \n ", "empty reply"),
+    (Unified1Pair(), "**Image 1:**\nA sharp dog, and the", "answer names no side"),
+    (Unified1Pair(), "**Image 1:**\nA dog.\n**Image 2:**\nA cat.\n\nImage 2 is better", 1.0),
+    (Unified1Pair(), "<think>Image 1 is better\nbut wait", "answer names no side"),
+    (EditPair(), "Edited image 2\nkeeps the sky", "answer names no side"),
+    (Unified1Point(), "<think>\n" + POINT1, "no score"),
+    (Unified2Pair(), "<think>\n" + PAIR2, "no score"),
+    (VisionReward(), "<think>\n1: yes", "no answer"),
+    (GenericPair(), '<think>{"winner": "Image 1"} but wait', "truncated"),
     (Unified1Point(), POINT1, {"final": (3.5,), "elements": (0.5,)}),
     (Unified1Point(), "Final Score: 4/5", {"final": (4.0,)}),
     (Unified1Point(), POINT1.replace("): 0", "): 0/1"), {"final": (3.5,), "elements": (1.0,)}),
@@ -165,6 +173,21 @@ def test_what_comes_out_of_each_hostile_reply(family: ChatFamily, text: str, out
         assert reply.status == "ok" and reply.scores == {k: pytest.approx(v) for k, v in outcome.items()}
     else:
         assert (reply.status, reply.winner) == ("ok", outcome)
+
+
+@pytest.mark.parametrize(
+    ("family", "text"),
+    [
+        (Unified1Pair(), "Image 1 is better\nAlthough, on a second look, image"),
+        (EditPair(), "Edited image 1 is better"),
+        (Unified1Point(), POINT1),
+        (Unified2Point(), POINT2),
+        (Unified2Pair(), PAIR2),
+    ],
+)
+def test_a_reply_that_was_cut_off_may_have_said_more(family: ChatFamily, text: str) -> None:
+    assert family.read(Completion(text=text)).status == "ok"
+    assert family.read(Completion(text=text, finish_reason="length")).problem == "cut off at max_tokens"
 
 
 @pytest.mark.parametrize(
