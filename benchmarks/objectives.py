@@ -192,7 +192,7 @@ def compare(members: tuple[int, int], one: Score, two: Score, toss: int) -> Verd
 
 def heldout_scores(worker: RolloutWorker, learner: Learner, heldout: Sequence[Prompt]) -> dict[str, float]:
     """Means over the held-out samples, with the adapter that a run would evaluate."""
-    from grpo_flex.evaluate import mean_scores
+    from grpo_flex.metrics import mean_scores
     from grpo_flex.rollout import HELDOUT_BATCH
 
     adapter = learner.evaluation_adapter()

@@ -12,6 +12,7 @@ from grpo_flex.config import Adapter as AdapterConfig
 from grpo_flex.config import ConfigError, Full, RunConfig
 from grpo_flex.config_file import from_json, load_experiment
 from grpo_flex.generators.base import LORA_FILE, SECOND_LORA_FILE
+from grpo_flex.metrics import mean_scores
 from grpo_flex.prompts import read_prompts
 from grpo_flex.types import Adapter, Prompt, Sample
 
@@ -147,11 +148,6 @@ def _samples(worker: RolloutWorker, prompts: Sequence[Prompt], adapter: Adapter)
     return [sample for chunk in chunks for sample in worker.evaluate(chunk, adapter)]
 
 
-def mean_scores(samples: Sequence[Sample]) -> dict[str, float]:
-    """Mean of every scorer's figure over the samples."""
-    return {name: sum(s.scores[name] for s in samples) / len(samples) for name in samples[0].scores}
-
-
 def _print_table(before: Sequence[Sample], after: Sequence[Sample], path: Path) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -160,7 +156,7 @@ def _print_table(before: Sequence[Sample], after: Sequence[Sample], path: Path) 
     for column in ("score", "base", "adapter", "change"):
         table.add_column(column, justify="left" if column == "score" else "right")
     base, tuned = mean_scores(before), mean_scores(after)
-    for name in base:
+    for name in (name for name in base if name in tuned):
         table.add_row(name, f"{base[name]:.3f}", f"{tuned[name]:.3f}", f"{tuned[name] - base[name]:+.3f}")
     Console().print(table)
 

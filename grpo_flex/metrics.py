@@ -360,3 +360,12 @@ def _wandb_errors() -> tuple[type[Exception], ...]:
     except ImportError as error:
         return (type(error), OSError)
     return (Error, ImportError, OSError, TimeoutError)
+
+
+def mean_scores(samples: Sequence[Sample]) -> dict[str, float]:
+    """Mean of every figure of ``evaluation.scorer`` over the samples that have it: what does not apply to one is left out."""
+    found: dict[str, list[float]] = {}
+    for sample in samples:
+        for name, value in sample.scores.items():
+            found.setdefault(name, []).append(value)
+    return {name: float(np.mean(values)) for name, values in found.items()}

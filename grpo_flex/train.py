@@ -25,7 +25,7 @@ from grpo_flex.fleet import Job
 from grpo_flex.guards import Regress, regress, spread, versus_base
 from grpo_flex.judge_server import JudgeAway, JudgeServer
 from grpo_flex.judging import judge_metrics, judged_share
-from grpo_flex.metrics import RunLog, VerdictRow, curve, headline_key, read_metrics
+from grpo_flex.metrics import RunLog, VerdictRow, curve, headline_key, mean_scores, read_metrics
 from grpo_flex.mirror import Mirror
 from grpo_flex.prompts import PromptStream, seed_for
 from grpo_flex.rewards import reward_metrics
@@ -205,8 +205,7 @@ class Trainer:
             samples = list(self.cluster.evaluate(self.heldout, adapter))
             numbers = self.versus_base(samples)
         self.log.samples(self.step, samples)
-        scores = {name: float(np.mean([s.scores[name] for s in samples])) for name in samples[0].scores}
-        return {f"heldout/{name}": score for name, score in scores.items()} | numbers
+        return {f"heldout/{name}": score for name, score in mean_scores(samples).items()} | numbers
 
     def versus_base(self, samples: Sequence[Sample]) -> dict[str, float]:
         """The judge's win rate of some held-out samples against the base model's from the same noise."""

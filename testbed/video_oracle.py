@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise, permutations
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -51,7 +51,7 @@ class Moved:
     """A track's summary. `colour` and `shape` are those of most sightings; `start` and `end` are fitted (x, y).
 
     `present` and `kept` are shares of all frames: seen at all, and seen with that very colour and shape.
-    `smooth` in [0, 1] says how nearly it moves evenly along a line; `step` is its mean way per frame.
+    `smooth` in [0, 1] says how nearly it moves evenly along a line; `step` is its way per frame along that line.
     """
 
     colour: str
@@ -88,14 +88,16 @@ class Moved:
 class ClipReading:
     """All that the oracle sees: the objects, the longest seen first, and shares and means over the frames.
 
-    `steady` is the share of frames with the usual background and the usual number of objects.
+    `steady` is the share of frames with the usual background and the usual number of objects. `dynamic` is the mean
+    displacement per frame of the objects that are seen long enough; None where there is no such object: an empty clip is
+    not a frozen one.
     """
 
     background: str | None
     objects: tuple[Moved, ...]
     quality: float
     steady: float
-    dynamic: float
+    dynamic: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,14 +106,14 @@ class ClipScore(Checked):
     passing, background, count; "extra1.colour" and so on never hold.
 
     `kept` (identity), `smooth`, `steady` and `quality` lie in [0, 1]; `dynamic` is the mean displacement of the
-    objects per frame, in hundredths of the shorter side.
+    objects per frame, in hundredths of the shorter side, None where none is seen long enough.
     """
 
     kept: float
     smooth: float
     steady: float
     quality: float
-    dynamic: float
+    dynamic: float | None
     legible: bool
 
 
@@ -119,17 +121,18 @@ class ClipScore(Checked):
 class VideoOracle:
     """The oracle as a reward: media uint8 [F, H, W, 3] and a prompt record with `.reference`.
 
-    Raises ValueError for media of another form.
+    "dynamic" is left out where no object is seen long enough. Raises ValueError for media of another form.
     """
 
     def __call__(self, media: np.ndarray, prompt: Any) -> dict[str, float]:
         result = score(media, prompt.reference)
-        names = ("kept", "smooth", "steady", "quality", "dynamic")
+        names = ("kept", "smooth", "steady", "quality")
         return {
             "oracle": result.alignment,
             "exact": float(result.exact),
             "legible": float(result.legible),
             **{name: float(getattr(result, name)) for name in names},
+            **({} if result.dynamic is None else {"dynamic": result.dynamic}),
         }
 
 
@@ -155,12 +158,13 @@ def read_clip(frames: np.ndarray, times: Sequence[float] | None = None) -> ClipR
     objects = tuple(sorted((m for m in moved if m.present >= PRESENT), key=lambda m: -m.kept))
     backgrounds = Counter(reading.background for reading in readings)
     background, share = backgrounds.most_common(1)[0]
+    steps = [m.step for m in objects if m.present >= LASTING]
     return ClipReading(
         background=background if share >= LASTING * len(frames) else None,
         objects=objects,
         quality=float(np.mean([reading.quality for reading in readings])),
         steady=_steady(readings, background),
-        dynamic=float(np.mean([m.step for m in objects])) * 100 / CANVAS if objects else 0.0,
+        dynamic=float(np.mean(steps)) * 100 / CANVAS if steps else None,
     )
 
 
@@ -204,7 +208,6 @@ def _summary(track: Track, when: np.ndarray) -> Moved:
     same = sum(s.colour == colour and s.shape == shape for s in seen)
     places, times, frames = np.array([_at(s) for s in seen]), when[list(indices)], len(when)
     start, end, rest = _line(places, times)
-    steps = [np.hypot(*(b - a)) / (j - i) for (i, a), (j, b) in pairwise(zip(indices, places, strict=True))]
     return Moved(
         colour=colour,
         shape=shape,
@@ -215,7 +218,7 @@ def _summary(track: Track, when: np.ndarray) -> Moved:
         start=start,
         end=end,
         smooth=float(np.clip((4.0 - rest) / 3.0, 0, 1)) if len(seen) > 2 else 0.0,
-        step=float(np.mean(steps)) if steps else 0.0,
+        step=float(np.hypot(*np.subtract(end, start))) / max(1, frames - 1),
     )
 
 
@@ -335,11 +338,12 @@ def score_clips(frames: np.ndarray, clips: Sequence[Clip]) -> list[ClipScore]:
 
 
 def summary(scores: Sequence[ClipScore]) -> dict[str, Any]:
-    """Means over clips; `by_kind` are means over all attributes of a kind."""
+    """Means over clips, or over those that have the figure; `by_kind` are means over all attributes of a kind."""
     kinds: dict[str, list[bool]] = {}
     for one in scores:
         for name, held in one.attributes.items():
             kinds.setdefault(name.rpartition(".")[2], []).append(held)
     names = ("alignment", "exact", "legible", "kept", "smooth", "steady", "quality", "dynamic")
-    means = {name: float(np.mean([getattr(one, name) for one in scores])) for name in names}
+    found = {name: [value for one in scores if (value := getattr(one, name)) is not None] for name in names}
+    means = {name: float(np.mean(values)) if values else 0.0 for name, values in found.items()}
     return {"clips": len(scores), **means, "by_kind": {k: float(np.mean(v)) for k, v in sorted(kinds.items())}}
