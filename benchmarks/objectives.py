@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from grpo_flex.types import Prompt, RolloutGroup
     from testbed.oracle import Score
 
-EXPERIMENT = "experiments/shapes_image_flow_grpo.py"
+EXPERIMENT, DEFAULT = "experiments/shapes_image_flow_grpo.py", "experiments/shapes_image_oracle.py"
 GOAL = 0.15
 """The gain in held-out score whose cost the table tells."""
 ENDS = 3
@@ -70,6 +70,12 @@ def _on_samples(objective: Nft | Awm | Dpo, **sampling: Any) -> Change:
     return change
 
 
+def _default(config: RunConfig) -> RunConfig:
+    """The tuned recipe, which samples no step ahead where worker and learner take turns."""
+    made = load_experiment(DEFAULT)
+    return _sampled(replace(made, seed=config.seed, placement=config.placement), lookahead=0)
+
+
 SDES: dict[str, dict[str, Any]] = {
     "flow_sde": {},
     "dance": {"dynamics": Dance(eta=0.3)},
@@ -89,7 +95,9 @@ CONFIGURATIONS: dict[str, Change] = {
     "awm-flow_sde": _on_samples(Awm()),
     "dpo-ode": _on_samples(Dpo(), dynamics=Ode()),
     "dpo-flow_sde": _on_samples(Dpo()),
+    "default": _default,
 }
+"""All but the default are the Flow-GRPO recipe with another objective or sampler, at its learning rate and number of updates."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +115,7 @@ class Settings:
     overrides: tuple[str, ...]
     """On top of every configuration."""
     recipe: str
-    """Digest of the experiment that all configurations are changes of: a recipe that moved is another measurement."""
+    """Digest of the experiments that all configurations are changes of: a recipe that moved is another measurement."""
 
 
 # ---------------------------------------------------------------- one run
@@ -123,8 +131,9 @@ def configuration(name: str, seed: int, overrides: Sequence[str]) -> RunConfig:
 
 
 def recipe() -> str:
-    """Digest of the experiment as it is now."""
-    return hashlib.sha256(to_json(load_experiment(EXPERIMENT)).encode()).hexdigest()[:12]
+    """Digest of the experiments as they are now."""
+    texts = (to_json(load_experiment(path)) for path in (EXPERIMENT, DEFAULT))
+    return hashlib.sha256("".join(texts).encode()).hexdigest()[:12]
 
 
 def run(name: str, seed: int, settings: Settings) -> dict[str, Any]:
@@ -144,6 +153,8 @@ def run(name: str, seed: int, settings: Settings) -> dict[str, Any]:
     steps: list[dict[str, float]] = []
     while spent < settings.seconds and step < settings.steps:
         began, before = now(), forwards[0]
+        if spent:  # the learning rate falls with the time that is spent: as far at the end of every run
+            learner.config = replace(config, steps=max(2, round(1 + step * settings.seconds / spent)))
         steps.append(train_step(config, worker, learner, stream.batch(step), step))
         spent, used, step = spent + now() - began, used + forwards[0] - before, step + 1
         if spent >= min(next_look, settings.seconds) or step == settings.steps:
@@ -165,7 +176,8 @@ def train_step(
         for said, group in zip(verdicts, groups, strict=True)
     ]
     advantages, numbers = config.advantage(rewarded)
-    return numbers | dict(learner.update(groups, advantages, step).metrics)
+    asked = {"verdicts": float(sum(map(len, verdicts)))}
+    return numbers | asked | dict(learner.update(groups, advantages, step).metrics)
 
 
 def ask(config: RunConfig, group: RolloutGroup, step: int) -> list[Verdict]:
@@ -270,6 +282,7 @@ def summary(result: Mapping[str, Any]) -> dict[str, float]:
         "goal_steps": reached["step"] if reached else np.nan,
         "goal_seconds": reached["seconds"] if reached else np.nan,
         "forwards": last["forwards"],
+        "verdicts": sum(s["verdicts"] for s in steps),
         "diversity": float(np.mean(spread[-ENDS:]) / np.mean(spread[:ENDS])) if spread else np.nan,
     }
 
@@ -287,7 +300,7 @@ def table(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Markdown: mean over seeds, with the range of the held-out score."""
     head = (
         "objective-sampler | seeds | held-out oracle | gain | best | steps | steps to +0.15 | s to +0.15 "
-        "| forwards (k) | diversity left"
+        "| forwards (k) | verdicts (k) | diversity left"
     )
     lines = [f"| {head} |", "|---" + "|---:" * head.count("|") + "|"]
     for name, runs in found.items():
@@ -297,7 +310,7 @@ def table(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         cells = [
             name, str(len(rows)), oracle, f"{values['gain'].mean():+.3f}", f"{values['best'].mean():.3f}",
             f"{values['steps'].mean():.0f}", _of_those(values["goal_steps"]), _of_those(values["goal_seconds"]),
-            f"{values['forwards'].mean() / 1000:.0f}", f"{values['diversity'].mean():.2f}",
+            f"{values['forwards'].mean() / 1000:.0f}", f"{values['verdicts'].mean() / 1000:.0f}", f"{values['diversity'].mean():.2f}",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

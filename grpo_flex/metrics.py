@@ -368,4 +368,4 @@ def mean_scores(samples: Sequence[Sample]) -> dict[str, float]:
     for sample in samples:
         for name, value in sample.scores.items():
             found.setdefault(name, []).append(value)
-    return {name: float(np.mean(values)) for name, values in found.items()}
+    return {name: math.fsum(values) / len(values) for name, values in found.items()}

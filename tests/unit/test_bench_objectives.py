@@ -46,14 +46,14 @@ def result(name: str, seed: int, scores: list[float], diversity: list[float]) ->
         {"step": 10 * i, "seconds": 30.0 * i, "forwards": 5000 * i, "oracle": value} for i, value in enumerate(scores)
     ]
     return {"name": name, "seed": seed, "settings": {}, "curve": curve,
-            "steps": [{"policy/diversity_pixel": d} for d in diversity]}  # fmt: skip
+            "steps": [{"policy/diversity_pixel": d, "verdicts": 960.0} for d in diversity]}  # fmt: skip
 
 
 def test_summary_by_hand() -> None:
     row = bench.summary(result("a", 0, [0.4, 0.5, 0.6, 0.58], [0.2, 0.2, 0.2, 0.1, 0.1, 0.1]))
     assert row == pytest.approx(
         {"oracle": 0.58, "gain": 0.18, "best": 0.6, "steps": 30, "goal_steps": 20, "goal_seconds": 60,
-         "forwards": 15000, "diversity": 0.5}
+         "forwards": 15000, "verdicts": 5760, "diversity": 0.5}
     )  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def test_table_and_plot(tmp_path: Path) -> None:
     found = bench.results(tmp_path)
     assert list(found) == ["fast", "slow"]
     fast, slow = bench.table(found).splitlines()[2:]
-    assert fast.startswith("| fast | 2 | 0.550 (0.500–0.600) | +0.150 | 0.550 | 10 | 10 (1/2) | 30 (1/2) | 5 | 1.00 |")
+    assert fast.startswith("| fast | 2 | 0.550 (0.500–0.600) | +0.150 | 0.550 | 10 | 10 (1/2) | 30 (1/2) | 5 | 1 | 1.00 |")
     assert "– (0/1)" in slow
     bench.plot(bench.curves(found), tmp_path / "plot.png", "seconds")
     assert (tmp_path / "plot.png").stat().st_size > 1000
