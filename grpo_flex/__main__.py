@@ -103,15 +103,19 @@ def _check_hardware(config: RunConfig, arguments: argparse.Namespace) -> None:
 def _dry_run(config: RunConfig) -> int:
     """Everything that can be checked without starting anything."""
     from grpo_flex.prompts import read_prompts
+    from grpo_flex.run import quieten
 
-    counts = {
-        name: len(read_prompts(getattr(config.prompts, name), f"prompts.{name}")) for name in ("train", "heldout")
-    }
+    quieten()
+    read = {name: read_prompts(getattr(config.prompts, name), f"prompts.{name}") for name in ("train", "heldout")}
+    counts = {name: len(prompts) for name, prompts in read.items()}
+    here = Path(getattr(config.generator, "model", "")).is_dir()
+    if here:
+        config.generator.check([prompt for prompts in read.values() for prompt in prompts])
     print(to_json(config))
     print(
         f"\n{config.name}: {config.steps} steps of {config.prompts.per_step} prompts × {config.sampling.group_size} siblings, "
         f"{_work_per_step(config)}; {counts['train']} training and {counts['heldout']} held-out prompts. "
-        "Valid; nothing was started."
+        f"Valid; nothing was started.{'' if here else ' How long prompts may be is not checked: the model is not here.'}"
     )
     return 0
 

@@ -89,12 +89,15 @@ def train(config: RunConfig, resume: Path | None = None) -> int:
     config.validate()
     to_json(config)  # refuses, before anything is started, what a resume could not read back
     heldout = read_prompts(config.prompts.heldout, "prompts.heldout")
-    prompts = PromptStream(read_prompts(config.prompts.train, "prompts.train"), config.prompts.per_step, config.seed)
+    training = read_prompts(config.prompts.train, "prompts.train")
+    prompts = PromptStream(training, config.prompts.per_step, config.seed)
     if resume and (pid := running_pid(resume)):
         raise ConfigError(f"{resume} is still running (process {pid}); stop it first, or wait until it has ended")
     done, state = checkpoint.load(resume) if resume else (0, None)
     if done >= config.steps:
         raise ConfigError(f"{resume} has completed its {done} steps; to go on, give a larger number: steps={2 * done}")
+    quieten()
+    config.generator.check([*training, *heldout])
     check_room(config, _say)
     if place := config.checkpoint.mirror:
         check_writable(place)
@@ -123,7 +126,6 @@ def _assemble(
     state: dict[str, Any] | None,
 ) -> Trainer:
     """Start everything; the stack stops it again in reverse order. Heavy imports happen here."""
-    quieten()
     from grpo_flex.cluster import Cluster
     from grpo_flex.console import Console
     from grpo_flex.metrics import RunLog

@@ -138,6 +138,7 @@ def load_pipeline(pipeline: str, model: str, **options: Any) -> Any:
     import diffusers
     from huggingface_hub.errors import HTTPError  # its client's own, which passes where nothing answers
 
+    diffusers.utils.logging.disable_progress_bar()  # a person sees what the run says of itself
     try:
         return getattr(diffusers, pipeline).from_pretrained(model, **options)
     except (OSError, ValueError, AttributeError, TypeError, RuntimeError, ImportError, HTTPError) as error:

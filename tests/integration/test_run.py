@@ -249,3 +249,15 @@ def test_a_ray_cluster_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureF
     config = tiny_config(tmp_path)
     message = refused(replace(config, placement=replace(config.placement, ray_address="127.0.0.1:1")), tmp_path, capsys)
     assert "no Ray cluster answers at '127.0.0.1:1'" in message and "placement.ray_address" in message
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_anything_is_started(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = replace(config, runs_dir=str(tmp_path / "runs"), generator=replace(config.generator, max_sequence_length=2))  # pyright: ignore[reportCallIssue]
+    for words in ([], ["--dry-run"]):
+        assert main(["train", experiment_file(short, tmp_path), *words]) != 0
+        said = capsys.readouterr()
+        assert "more than generator.max_sequence_length=2" in said.err + said.out
+        assert "starting" not in said.out
+    assert not (tmp_path / "runs").exists()
