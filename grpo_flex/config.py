@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from grpo_flex.dynamics import Ode
 from grpo_flex.field_types import fits, hints, is_part, spell
+from grpo_flex.pairing import PairPlan, RoundRobin
 
 if TYPE_CHECKING:
     from grpo_flex.advantages import Advantage
     from grpo_flex.dynamics import Dynamics, Solver, Window
     from grpo_flex.generators.base import Generator, Model
     from grpo_flex.objectives.base import Objective
-    from grpo_flex.pairing import PairPlan
     from grpo_flex.rewards import Reward
     from grpo_flex.weights import Weights
     from reward_server.families.base import Family
@@ -218,8 +218,9 @@ class Judge:
     """The model name that is served."""
     api_key_env: str = "GRPO_FLEX_JUDGE_KEY"
     """Name of the environment variable that holds the key; secrets never stand in a configuration."""
-    pairs: PairPlan
-    """Which ordered pairs of a group are asked."""
+    pairs: PairPlan = field(default_factory=lambda: RoundRobin(orders="balanced"))
+    """Which ordered pairs of a group are asked. The default is the cheapest plan whose advantages correlate by 0.95 or more
+    with those of all pairs in both orders, for groups of nine (``benchmarks/judge_budget.py``)."""
     concurrency: int = 32
     timeout_s: float = 60.0
     """For one request."""

@@ -184,6 +184,10 @@ class Trainer:
         """Verdicts and scores -> rewards -> advantages -> update. Groups with too few verdicts are masked."""
         groups, unusable = flight.groups, set(self._unusable(verdicts))
         usable = [i for i in range(len(groups)) if i not in unusable]
+        if unusable:
+            self.console.note(
+                f"step {self.step + 1}: {len(unusable)} of {len(groups)} groups got too few verdicts and are left out of the update"
+            )
         said = [[*verdicts[i], *scores[i]] for i in usable]
         rewarded = [self._rewarded(flight, i, v) for i, v in zip(usable, said, strict=True)]
         self._check_rewards(rewarded, scores)
