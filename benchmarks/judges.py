@@ -1,7 +1,8 @@
 """The same run under different judges: what the oracle, whom nobody optimises, says of each on held-out prompts.
 
-Every run is `make train-image-grpo`'s, with real Ray and, but for the oracle's own, real vLLM. A run that is finished is not
-run again, and one that was stopped goes on, so the script can be stopped and started as one likes.
+Every run is that of `experiments/shapes_image.py`, with real Ray and, but for the oracle's own, real vLLM; only the judge,
+or how its verdicts are read, changes. A run that is finished is not run again, and one that was stopped goes on, so the
+script can be stopped and started as one likes.
 
     python -m benchmarks.judges --seeds 0 1 2          # everything; hours
     python -m benchmarks.judges --only flex oracle --seeds 0
@@ -35,11 +36,12 @@ VARIANTS: dict[str, Variant] = {
     "flex-overall": Variant("experiments/shapes_image.py", ("advantage.alpha=0",)),
     "flex-dimensions": Variant("experiments/shapes_image.py", ("advantage.alpha=1",)),
     "pointwise": Variant("experiments/shapes_image_pointwise.py"),
-    "oracle": Variant("experiments/shapes_image_oracle.py"),
-    "oracle-noisy": Variant("experiments/shapes_image_oracle.py", ("judge.server.noise=0.2",)),
+    "oracle": Variant("experiments/shapes_image_same_oracle.py"),
+    "oracle-noisy": Variant("experiments/shapes_image_same_oracle.py", ("judge.server.noise=0.2",)),
 }
-"""Flex combines the win rates of the dimensions and the overall one, 0.7 to 0.3; the two beside it take one alone. One
-in five of the noisy oracle's verdicts is a coin toss."""
+"""Flex combines the ratings by the dimensions and the overall one, 0.7 to 0.3; the two beside it take one alone.
+Pointwise asks the same judge about single pictures, so the rating differs too (see the experiment). The two oracles answer
+the questions that the tiny judge is asked; one in five of the noisy one's verdicts is a coin toss."""
 SCORE = "heldout/oracle"
 
 

@@ -2,7 +2,7 @@
 
 One learner and seven rollout workers on eight GPUs; the judge runs elsewhere. The starter prompts only show the
 format: give your own with prompts.train=… and prompts.heldout=…. A plan for eight GPUs of 80 GB says that the learner
-has to recompute its activations.
+has to recompute its activations. Nobody has run this recipe at full size yet.
 """
 
 from grpo_flex.advantages import GroupRelative

@@ -1,4 +1,4 @@
-"""The same as `judge_flex_qwen3vl_8b.py` for a judge of 2B parameters."""
+"""The same as `judge_flex_qwen3vl_8b.py` for a judge of 2B parameters. Nobody has run this recipe at full size yet."""
 
 from dataclasses import replace
 

@@ -2,7 +2,8 @@
 
 Give the data with sft.traces=… and pairs.preferences=…; `docs/train-a-judge.md` has the commands. The paper's learning
 rate, batch and warm-up; β 0.1; two samples at temperature 0.7. The picture encoder is left as it is, as in
-UnifiedReward's public configuration of Qwen2.5-VL; whether Flex's training did so too is not known to us.
+UnifiedReward's public configuration of Qwen2.5-VL; whether Flex's training did so too is not known to us. Nobody has run
+this recipe at full size yet.
 """
 
 from reward_server.asking import Endpoint

@@ -1,4 +1,9 @@
-"""`shapes_image.py` with scores of single pictures, by the same judge, in place of comparisons."""
+"""`shapes_image.py` with scores of single pictures, by the same judge, in place of comparisons.
+
+What else differs follows from that. The reward is the mean of the three scores, with the weights that the comparison gives
+its dimensions, because there are no pairs to fit strengths to; a group takes one question a sibling, 8, instead of one for
+half of the pairs, 14; and there is no overall verdict beside the dimensions, so `advantage.alpha` weighs nothing.
+"""
 
 from dataclasses import replace
 

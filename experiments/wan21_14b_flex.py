@@ -1,7 +1,8 @@
 """Wan2.1-T2V-14B with UnifiedReward-Flex as the judge: the settings of UnifiedReward-Flex's video experiment, with LoRA.
 
-One learner and seven rollout workers on eight GPUs; the judge runs elsewhere. Prompts and updates a step and the
-placement are our own choice, and nobody has run this recipe yet. Held-out clips have the training's size (the paper evaluates at
+One learner and seven rollout workers on eight GPUs; the judge runs elsewhere. Published are 2 steps of gradient
+accumulation, which do not say how many updates a rollout feeds: the two updates here are our own choice, as are the prompts a
+step and the placement. Nobody has run this recipe yet. Held-out clips have the training's size (the paper evaluates at
 480×832). The starter prompts only show the format: give your own with prompts.train=… and prompts.heldout=….
 """
 

@@ -1,7 +1,7 @@
 """Readers of published preference sets, in the layout in which each is published.
 
 Where a layout was seen stands with its reader. The sets themselves were not at hand: the readers are tested on files
-made in these layouts, and on the two published JSON files that need no download of media (row counts and labels).
+made in these layouts, and on none of the published ones.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Measures the tiny judge against the oracle: held-out prompts, the tiny FLUX's own samples, both orders.
 
 `python -m testbed.measure_judge` prints the numbers of `testbed/tiny_judge`, served by vLLM. With `--card` it also writes
-the model card.
+the model card; with `--readme` it only writes the card anew, from the numbers that are there.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from reward_server.asking import Asker, Endpoint, for_each
 from reward_server.families.base import FIRST, SECOND, TIE, ChatFamily, Reply
 from reward_server.families.flex import ANCHORS, Flex
 from reward_server.families.unified import Unified2Point
+from reward_server.judge_training import Fit
 from reward_server.serve import VllmJudge
 from testbed.judge_data import (
     SIBLINGS,
@@ -238,10 +239,22 @@ def _parameters(path: Path) -> int:
 # ---------------------------------------------------------------- the card
 
 
+def card_of(folder: Path = OUTPUT) -> str:
+    """The model card from the numbers that were measured when a saved judge was made."""
+    measured = json.loads((folder / "measured.json").read_text())
+    return card(measured, (folder / STAGES_TABLE).read_text().rstrip())
+
+
 def card(measured: Mapping[str, Any], recipe: str) -> str:
     """The model card as Markdown, from measured numbers, the configurations that were used, and the recipe's table."""
+    from testbed import refine_judge  # which measures by this module
+
+    training = refine_judge.config()
+    fits: dict[str, Fit] = {"sft": training.sft, "dpo": training.dpo}
     return _CARD.format(
         recipe=recipe,
+        beta=training.dpo.beta,
+        fits="\n".join(fit_row(name, refine_judge.SEEDS[name], fit) for name, fit in fits.items()),
         config=JudgeConfig(),
         more_prompts=STAGES[-1].more_prompts,
         stages=stage_rows(STAGES, measured["seconds"]),
@@ -262,6 +275,10 @@ def stage_rows(stages: Sequence[Stage], seconds: Mapping[str, float]) -> str:
         f"| {s.name} | {s.seed} | {s.steps} | {s.batch} | {s.peak_lr} | {seconds.get(s.name, 0) / 60:.0f} |"
         for s in stages
     )
+
+
+def fit_row(name: str, seed: int, fit: Fit) -> str:
+    return f"| {name} | {seed} | {fit.epochs:g} | {fit.batch} x {fit.accumulation} | {fit.lr:g} |"
 
 
 def row(kind: str, found: Mapping[str, Any]) -> str:
@@ -309,8 +326,12 @@ is {config.seed}.
 |---|---|---|---|---|---|
 {stages}
 
-Then `reward_server`'s own recipe (`testbed/refine_judge.py`): fine-tuning on the oracle's traces, and from there DPO on pairs of the
-judge's own traces. The weights here are stage 1's.
+Then `reward_server`'s own recipe (`testbed/refine_judge.py`): fine-tuning on the oracle's traces, and from there DPO (β
+{beta:g}) on pairs of the judge's own traces. The seed draws a stage's pairs of pictures. The weights here are stage 1's.
+
+| stage | seed | epochs | batch x accumulation | peak lr |
+|---|---|---|---|---|
+{fits}
 
 {recipe}
 
@@ -349,8 +370,13 @@ Apache-2.0.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=OUTPUT)
-    parser.add_argument("--card", action="store_true", help="also write README.md and measured.json")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--card", action="store_true", help="also write README.md and measured.json")
+    what.add_argument("--readme", action="store_true", help="measure nothing, write README.md from measured.json")
     options = parser.parse_args()
+    if options.readme:
+        (options.folder / "README.md").write_text(card_of(options.folder))
+        return
     measured = measure(options.folder)
     print(json.dumps(measured, indent=1))
     if options.card:

@@ -113,8 +113,10 @@ def test_slices_and_recomputed_activations_change_no_number(config: RunConfig, f
     x = torch.randn(2, 32, 4, generator=torch.Generator().manual_seed(0))
     decoded, gradients = [], []
     for frugal in (False, True):
-        memory = Memory(vae_slicing=frugal, checkpoint_every=int(frugal), offload=frugal)
+        memory = Memory(vae_slicing=frugal, vae_tiling=frugal, checkpoint_every=int(frugal), offload=frugal)
         learner = Learner(configured(config, wan(folders[1], memory=memory)))
+        vae = learner.model.pipeline.vae
+        assert (vae.use_slicing, vae.use_tiling) == (frugal, frugal)
         decoded.append(np.stack(learner.model.decode(x)))
         conditioning = learner.model.encode([PROMPT])[0]
         learner.model.velocity(x, 0.5, conditioning).square().mean().backward()

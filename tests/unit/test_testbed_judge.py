@@ -22,11 +22,11 @@ from testbed import judge_data, judge_model, judge_trace, train_judge
 from testbed import scenes as world
 from testbed.judge_data import Bank, Material, Pair
 from testbed.judge_model import new_model, new_tokenizer, patches, reply_ids, request_ids, token_ids
-from testbed.measure_judge import ask, score, summary
+from testbed.measure_judge import ask, card_of, score, summary
 from testbed.oracle_judge import OracleJudge
 from testbed.oracle_replies import Judging
 from testbed.preference import Score
-from testbed.train_judge import JudgeConfig, Stage
+from testbed.train_judge import OUTPUT, JudgeConfig, Stage
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +112,15 @@ def test_a_piece_is_one_token_and_texts_survive(pairs: list[Pair]) -> None:
             assert words.decode(ids, skip_special_tokens=True) == "".join(pieces)
     strange = 'grün "cats"\n\t{}'
     assert words.decode(words.encode(strange, add_special_tokens=False)) == strange
+
+
+def test_the_saved_judge_is_small_and_knows_every_piece() -> None:
+    """What its teacher writes today is what its tokenizer was made for: a piece that is no token would fall into bytes."""
+    assert sum(path.stat().st_size for path in OUTPUT.rglob("*") if path.is_file()) <= 12e6
+    words, ids = AutoTokenizer.from_pretrained(OUTPUT), token_ids()
+    known = {piece: words.encode(piece, add_special_tokens=False) for piece in judge_trace.vocabulary()}
+    assert known == {piece: [ids[piece]] for piece in known}
+    assert all((OUTPUT / name).read_text() == wording for name, wording in judge_model.PICTURES.wordings.items())
 
 
 def test_every_caption_is_few_tokens() -> None:
@@ -242,6 +251,12 @@ def test_a_judge_without_sense_is_measured_without_a_parsed_reply(pairs: list[Pa
         found = [summary(ask(endpoint, Flex(), pairs[:4])), summary(score(endpoint, Unified2Point(), pairs[:4]))]
     for one in found:
         assert (one["pairs"], one["parsed"], one["accuracy"], one["consistent"]) == (4, 0, 0, 0)
+
+
+def test_the_saved_card_says_what_was_measured_and_how_the_judge_was_trained() -> None:
+    text = (OUTPUT / "README.md").read_text()
+    assert text == card_of(OUTPUT)  # else: python -m testbed.measure_judge --readme
+    assert "| sft | 81 | 1 | 24 x 1 | 0.0002 |" in text and "| dpo | 82 | 1 | 12 x 2 | 2e-05 |" in text
 
 
 def test_scores_of_single_pictures_name_the_winner_of_a_pair(pairs: list[Pair], tmp_path: Path) -> None:

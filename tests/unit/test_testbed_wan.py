@@ -98,6 +98,12 @@ def test_the_saved_weights_are_small():
     assert sum(path.stat().st_size for path in train_wan.OUTPUT.rglob("*") if path.is_file()) <= 12e6
 
 
+def test_the_saved_card_says_what_was_measured():
+    text = (train_wan.OUTPUT / "README.md").read_text()
+    assert text == measure_wan.card_of()  # else: python -m testbed.measure_wan --readme
+    assert "shows legible shapes" not in text and "cut to 4,800 at step 3,600" in text
+
+
 def test_reconstructions_of_true_clips_are_read_right(saved):
     clips = check_clips()[:120]
     again = train_wan_vae.reconstruct(saved.vae, world.render_clips(clips))

@@ -1,0 +1,115 @@
+"""The judges' benchmark: every run is the recipe's but for what its name says, and the table says what was measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks import judges as bench
+from grpo_flex.advantages import GroupRelative
+from grpo_flex.config import RunConfig
+from grpo_flex.config_file import load_experiment
+from grpo_flex.overrides import override
+from reward_server.ask import data_url
+from reward_server.families.flex import Flex
+from testbed.oracle_judge import OracleJudge
+from testbed.oracle_replies import Judging
+from tests.configs import judge_of
+
+RECIPE = "experiments/shapes_image.py"
+
+
+def configuration(variant: str, runs: Path, seed: int = 0) -> RunConfig:
+    """What the variant's command line trains."""
+    words = bench.command(variant, seed, runs, ["steps=5"])
+    assert words is not None and words[1:4] == ["-m", "grpo_flex", "train"]
+    return override(load_experiment(words[4]), words[5:])
+
+
+def differences(one: Any, two: Any, name: str = "") -> set[str]:
+    """Dotted names of the fields in which two configurations differ; what is of another class counts as a whole."""
+    if one == two:
+        return set()
+    if not is_dataclass(one) or type(one) is not type(two):
+        return {name}
+    parts = (differences(getattr(one, f.name), getattr(two, f.name), f"{name}.{f.name}") for f in fields(one))
+    return {part.lstrip(".") for found in parts for part in found}
+
+
+@pytest.mark.parametrize(
+    ("variant", "changed"),
+    [
+        ("flex", set()),
+        ("flex-overall", {"advantage.alpha"}),
+        ("flex-dimensions", {"advantage.alpha"}),
+        ("pointwise", {"judge.family", "reward"}),
+        ("oracle", {"judge.server"}),
+        ("oracle-noisy", {"judge.server"}),
+    ],
+)
+def test_a_variant_differs_from_the_recipe_in_what_it_is_named_after(
+    variant: str, changed: set[str], tmp_path: Path
+) -> None:
+    made = configuration(variant, tmp_path, seed=3)
+    made.validate()
+    recipe = override(load_experiment(RECIPE), [f"name={made.name}", f"runs_dir={tmp_path}", "seed=3", "steps=5"])
+    assert differences(made, recipe) == changed
+
+
+def test_the_variants_are_all_tested_and_set_what_they_say(tmp_path: Path) -> None:
+    made = {variant: configuration(variant, tmp_path) for variant in bench.VARIANTS}
+    assert list(made) == ["flex", "flex-overall", "flex-dimensions", "pointwise", "oracle", "oracle-noisy"]
+    for name, alpha in (("flex", 0.7), ("flex-overall", 0.0), ("flex-dimensions", 1.0)):
+        assert made[name].advantage == GroupRelative(alpha=alpha, scale="batch")
+    assert judge_of(made["oracle"]).server == OracleJudge()
+    assert judge_of(made["oracle-noisy"]).server == OracleJudge(noise=0.2)
+
+
+def test_the_oracle_answers_what_the_tiny_judge_is_asked(tmp_path: Path) -> None:
+    family = judge_of(configuration("oracle", tmp_path)).family
+    assert isinstance(family, Flex)
+    urls = [[data_url(Image.fromarray(np.full((64, 64, 3), shade, np.uint8)))] for shade in (255, 0)]
+    asked = {"messages": family.request("a red circle on a white background", urls)}
+    reply = family.parse(Judging(OracleJudge()).reply(asked))
+    assert (reply.status, reply.winner) == ("ok", 0.0)
+
+
+def stand_in(runs: Path, name: str, scores: dict[int, float], steps: int) -> None:
+    """A run's folder with nothing in it but what the benchmark reads; each second step has no held-out score."""
+    (runs / name).mkdir(parents=True)
+    (runs / name / "config.json").write_text(json.dumps({"steps": steps}))
+    rows = [row for step, s in scores.items() for row in ({"step": step, bench.SCORE: s}, {"step": step + 1})]
+    (runs / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
+
+
+def test_the_table_says_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stand_in(tmp_path, "judges_flex_s0", {0: 0.5, 10: 0.6}, steps=10)
+    stand_in(tmp_path, "judges_flex_s1", {0: 0.5, 10: 0.7}, steps=10)
+    stand_in(tmp_path, "judges_oracle_s0", {0: 0.5, 10: 0.8, 20: 0.75}, steps=20)
+    stand_in(tmp_path, "judges_oracle-noisy_s0", {0: 0.5}, steps=10)  # no gain yet
+    bench.main(["--runs", str(tmp_path), "--table"])
+    _, _, *rows = capsys.readouterr().out.splitlines()
+    assert rows[:-1] == [
+        "| oracle | 20 | 0.500 → 0.750 | +0.250 | +0.250 |",
+        "| flex | 10 | 0.500 → 0.600, 0.500 → 0.700 | +0.150 | +0.100 |",
+    ]
+    assert (tmp_path / "judges.png").stat().st_size > 1000
+
+
+def test_a_finished_run_is_left_alone_and_a_stopped_one_goes_on(tmp_path: Path) -> None:
+    stand_in(tmp_path, "judges_flex_s0", {0: 0.5, 10: 0.6}, steps=10)
+    stand_in(tmp_path, "judges_flex_s1", {0: 0.5}, steps=10)
+    assert bench.command("flex", 0, tmp_path, []) is None
+    going_on = bench.command("flex", 1, tmp_path, [])
+    assert going_on is not None and going_on[-2:] == ["--resume", str(tmp_path / "judges_flex_s1")]
+
+
+def test_an_empty_table_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no run"):
+        bench.main(["--runs", str(tmp_path), "--table"])

@@ -1,0 +1,41 @@
+"""The recipes for public models have the settings that were published for them."""
+
+from __future__ import annotations
+
+import pytest
+
+from grpo_flex.advantages import GroupRelative
+from grpo_flex.config import Adapter
+from grpo_flex.config_file import load_experiment
+from grpo_flex.dynamics import FlowSde, RandomFraction
+from grpo_flex.generators.wan import Wan
+from grpo_flex.objectives.guard import Guard
+from grpo_flex.rewards import WinRate
+from tests.configs import judge_of
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model", "guidance", "lr"),
+    [
+        ("wan21_14b_flex", "Wan-AI/Wan2.1-T2V-14B-Diffusers", (5.0, None), 3e-5),
+        ("wan21_1_3b_flex", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", (5.0, None), 3e-5),  # the large model's
+        ("wan22_a14b_flex", "Wan-AI/Wan2.2-T2V-A14B-Diffusers", (4.0, 3.0), 4e-5),
+    ],
+)
+def test_the_wan_recipes_have_the_papers_settings(
+    recipe: str, model: str, guidance: tuple[float, float | None], lr: float
+) -> None:
+    made = load_experiment(f"experiments/{recipe}.py")
+    made.validate()
+    clip, sampled, fit, pull = made.generator, made.sampling, made.optimizer, made.objective
+    assert isinstance(clip, Wan) and isinstance(pull, Guard) and isinstance(sampled.window, RandomFraction)
+    assert (clip.model, clip.guidance, clip.guidance_2) == (model, *guidance)
+    assert (clip.height, clip.width, clip.frames, clip.shift) == (240, 416, 33, 3)
+    assert clip.boundary is None  # the model's own
+    assert (sampled.group_size, sampled.same_noise, sampled.steps, sampled.eval_steps) == (6, True, 20, 30)
+    assert (sampled.dynamics, sampled.window.fraction) == (FlowSde(a=0.7), 0.8)
+    assert (pull.clip, pull.kl_beta, pull.kl_target > 0) == (1e-4, 0.004, "wan22" in recipe)  # 2.2: β adapts itself
+    assert made.adapter == Adapter(rank=64, alpha=128)
+    assert (fit.lr, fit.lr_end, fit.weight_decay, fit.max_grad_norm) == (lr, 1, 1e-4, 1)
+    assert made.advantage == GroupRelative(alpha=0.7, clip=5) and made.reward == WinRate()
+    assert len(judge_of(made).pairs.pairs(6, 0)) == 15  # all of them
