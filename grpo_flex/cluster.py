@@ -191,9 +191,9 @@ class Cluster:
         """One reference for each scorer's verdicts on one group; scoring begins as soon as the group exists."""
         return [scorer.score.remote(group) for scorer in self._scorers.values()]
 
-    def record(self, step: int, prompt: Prompt, given: Sequence[Verdict]) -> None:
-        """Write a scorer's verdicts to the verdicts' file, beside the judge's; returns at once."""
-        self._judge.record.remote(step, prompt, given)
+    def record(self, step: int, prompt: Prompt, given: Sequence[Verdict]) -> ray.ObjectRef[None]:
+        """Write a scorer's verdicts to the verdicts' file, beside the judge's; whoever waits for it learns of a full disk."""
+        return self._judge.record.remote(step, prompt, given)
 
     def judge_report(self) -> ray.ObjectRef[dict[str, float]]:
         """``judge/…`` figures of the client since the last call: requests, retries, cache hits."""

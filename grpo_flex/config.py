@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from grpo_flex.dynamics import Ode
-from grpo_flex.field_types import fits, hints, is_part, spell
+from grpo_flex.field_types import fits, hints, is_finite, is_part, spell
 from grpo_flex.pairing import PairPlan, RoundRobin
 
 if TYPE_CHECKING:
@@ -83,9 +83,15 @@ class Sampling:
                 "(with 1 every advantage would be 0 and nothing would be learnt)",
             )
         if self.steps < 2:
-            yield "steps", f"is {self.steps}; it needs at least 2: the last one is never trained"
+            yield (
+                "steps",
+                f"is {self.steps}; it needs at least 2: the last one is never trained, so with fewer nothing would be learnt",
+            )
         if self.eval_steps < 1:
-            yield "eval_steps", f"is {self.eval_steps}; held-out pictures need at least 1 denoising step"
+            yield (
+                "eval_steps",
+                f"is {self.eval_steps}; held-out pictures need at least 1 denoising step, or they would be bare noise",
+            )
         if self.batch_tokens < 0:
             yield "batch_tokens", f"is {self.batch_tokens}; it cannot be negative (0: one prompt at a time)"
         if self.lookahead < 0:
@@ -449,7 +455,7 @@ class RunConfig:
         if not self.name or "/" in self.name or self.name.startswith("."):
             yield "name", f"is {self.name!r}; it names a directory below runs_dir, so it needs a plain file name"
         if self.steps < 1:
-            yield "steps", f"is {self.steps}; a run needs at least 1 training step"
+            yield "steps", f"is {self.steps}; a run needs at least 1 training step, or nothing would be learnt"
         if self.objective.needs_noise and not getattr(self.sampling.dynamics, "stochastic", True):
             yield (
                 "sampling.dynamics",
@@ -467,6 +473,12 @@ class RunConfig:
                 "sampling.lookahead",
                 f"is {self.sampling.lookahead} with placement.colocated, where the weights that sample are the learner's "
                 "own, never older ones: set it to 0, or keep rollout workers apart",
+            )
+        if self.objective.old_sampled and self.sampling.lookahead:
+            yield (
+                "sampling.lookahead",
+                f"is {self.sampling.lookahead} with {type(self.objective).__name__}, whose ratio needs the weights that "
+                "sampled, while the learner has only newer ones: it would weigh samples wrongly; set it to 0",
             )
         if self.optimizer.updates_per_rollout > self.prompts.per_step:
             yield (
@@ -559,6 +571,12 @@ def _complaints(part: Any, prefix: str = "") -> Iterator[Problem]:
         if not is_part(value) and not fits(value, hint):
             mistyped.add(f.name)
             yield f"{prefix}{f.name}", f"is {value!r}; it needs to be {spell(hint)}"
+        elif not is_finite(value):
+            mistyped.add(f.name)
+            yield (
+                f"{prefix}{f.name}",
+                f"is {value!r}; it needs to be finite: all that is computed from it would be infinite or no number",
+            )
         for name, inner in _parts_of(f.name, value):
             yield from _complaints(inner, f"{prefix}{name}.")
     if not mistyped and hasattr(part, "problems"):  # a part's own rules presume the right types

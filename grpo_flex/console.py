@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -302,10 +303,11 @@ class _StatusFile:
                 self._write()
 
     def _write(self) -> None:
-        half = self._path.with_name(f".{STATUS}.part")
-        half.write_text(json.dumps(self._state, indent=1), encoding="utf-8")
-        os.replace(half, self._path)
         self._written = self._clock()
+        half = self._path.with_name(f".{STATUS}.part")
+        with suppress(OSError):  # only a display: what the run cannot do without says so by itself
+            half.write_text(json.dumps(self._state, indent=1), encoding="utf-8")
+            os.replace(half, self._path)
 
 
 def _birth(pid: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import types
 import typing
 from dataclasses import fields, is_dataclass
@@ -47,6 +48,13 @@ def fits(value: Any, hint: Any) -> bool:
     if hint in (str, bool):
         return isinstance(value, hint)
     return hint is not type(None) or value is None
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value holds no number that is infinite or NaN, by itself or in a tuple."""
+    if isinstance(value, tuple):
+        return all(map(is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def spell(hint: Any) -> str:

@@ -61,7 +61,7 @@ class BoundPolicy:
         """
         Args:
             weights: what is trained of the model; None: an adapter that is attached to it.
-            old: θ_old in the order of the parameters; empty while the weights still are those that sampled.
+            old: θ_old in the order of the parameters; empty while θ equals it.
         """
         self.model, self.conditioning, self.dynamics = model, conditioning, dynamics
         self.weights, self.old = weights, old
@@ -279,7 +279,8 @@ class Learner:
         import torch
 
         keep = torch.from_numpy(np.isfinite(advantage)).to(self.model.device)
-        advantages_G = torch.from_numpy(np.nan_to_num(advantage)).float().to(self.model.device)
+        middle = float(advantage[np.isfinite(advantage)].mean()) if keep.any() else 0.0
+        advantages_G = torch.from_numpy(np.nan_to_num(advantage, nan=middle)).float().to(self.model.device)
         dynamics = self.config.sampling.dynamics
         old = self._old if self._moved else ()
         policy = BoundPolicy(self.model, group.conditioning, dynamics, self.weights, old)

@@ -218,7 +218,8 @@ class RunLog:
 
     def close(self) -> None:
         """Finish the W&B run; the log takes no more lines."""
-        self._file.close()
+        with suppress(OSError):  # only a line whose writing has failed before is still to be written
+            self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
             self._wandb = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,6 +52,13 @@ def seed_for(*parts: object) -> int:
     """
     digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+def fingerprint(prompts: Sequence[Prompt]) -> str:
+    """What a run remembers of its prompts: how many, and a digest of their ids, texts and references, in their order."""
+    lines = [[p.id, p.text, p.reference, p.tags] for p in prompts]
+    digest = hashlib.sha256(json.dumps(lines, sort_keys=True, default=str).encode()).hexdigest()
+    return f"{len(prompts)} prompts with the digest {digest[:16]}"
 
 
 def read_prompts(path: str, field: str) -> list[Prompt]:

@@ -6,8 +6,8 @@ import itertools
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from grpo_flex.copied_run import Copy, check_writable, is_copy, problem
 from grpo_flex.generators.encodings import report
 from grpo_flex.mirror import Mirror
 from grpo_flex.overrides import override
-from grpo_flex.prompts import PromptStream, read_prompts
+from grpo_flex.prompts import PromptStream, fingerprint, read_prompts
 from grpo_flex.room import check_room
 from grpo_flex.types import Adapter
 
@@ -94,6 +94,9 @@ def train(config: RunConfig, resume: Path | None = None) -> int:
     if resume and (pid := running_pid(resume)):
         raise ConfigError(f"{resume} is still running (process {pid}); stop it first, or wait until it has ended")
     done, state = checkpoint.load(resume) if resume else (0, None)
+    basis = _basis(config, prompts.prompts, heldout)
+    if resume and state:
+        _check_basis(resume, done, state.get("basis", {}), basis)  # checkpoints of earlier versions hold none
     if done >= config.steps:
         raise ConfigError(f"{resume} has completed its {done} steps; to go on, give a larger number: steps={2 * done}")
     quieten()
@@ -108,12 +111,38 @@ def train(config: RunConfig, resume: Path | None = None) -> int:
         run_dir = resume or stack.enter_context(_fresh_run_dir(config))
         mirror = stack.enter_context(Mirror(place, run_dir, _say)) if place else None
         _say(f"{'resuming' if resume else 'starting'} {run_dir}: judge, rollout workers and learner …")
-        trainer = _assemble(stack, config, run_dir, prompts, heldout, done, state)
+        trainer = _assemble(stack, config, run_dir, prompts, heldout, done, state, basis)
         if mirror is not None:
             trainer.mirror, mirror.say = mirror, trainer.console.note
         status = _run_to_the_end(trainer)
     _finish(run_dir, config, status, mirror)
     return status
+
+
+def _basis(config: RunConfig, train: Sequence[Prompt], heldout: Sequence[Prompt]) -> dict[str, str]:
+    """What every step of a run has to have in common, by field: with another, a resume would be another run."""
+    return {
+        "seed": str(config.seed),
+        "generator.model": Path(getattr(config.generator, "model", "")).name,  # it may lie elsewhere on another machine
+        "prompts.per_step": str(config.prompts.per_step),
+        "prompts.train": fingerprint(train),
+        "prompts.heldout": fingerprint(heldout),
+    }
+
+
+def _check_basis(resume: Path, done: int, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Refuse to go on with other prompts, seeds or weights than a checkpoint was made with.
+
+    Raises:
+        ConfigError: with every field that differs.
+    """
+    changed = [f"{name} is now {now[name]}, and was {old}" for name, old in before.items() if now.get(name, old) != old]
+    if changed:
+        changed.append(
+            f"the {done} steps of {resume} were made with the old, so with the new it would be another run under the same "
+            "name: give it what it had, or start a new run, without --resume"
+        )
+        raise ConfigError("\n".join(changed))
 
 
 def _assemble(
@@ -124,6 +153,7 @@ def _assemble(
     heldout: Sequence[Prompt],
     done: int,
     state: dict[str, Any] | None,
+    basis: Mapping[str, str],
 ) -> Trainer:
     """Start everything; the stack stops it again in reverse order. Heavy imports happen here."""
     from grpo_flex.cluster import Cluster
@@ -149,8 +179,9 @@ def _assemble(
     _show_seating(cluster, endpoints, run_dir, console)
     ahead = [Adapter(version=version, tensors=tensors) for version, tensors in (state or {}).get("ahead", ())]
     return Trainer(
-        config, cluster, log, console, prompts=prompts, heldout=heldout, step=done, server=server, ahead=ahead
-    )
+        config, cluster, log, console,
+        prompts=prompts, heldout=heldout, step=done, server=server, ahead=ahead, basis=basis,
+    )  # fmt: skip
 
 
 def _show_seating(cluster: Cluster, endpoints: Sequence[str], run_dir: Path, console: Console) -> None:
@@ -163,6 +194,18 @@ def _show_seating(cluster: Cluster, endpoints: Sequence[str], run_dir: Path, con
 
 
 def _run_to_the_end(trainer: Trainer) -> int:
+    """The exit status.
+
+    Raises:
+        ValueError: a process of the run failed, or its files cannot be written; what could be saved is saved.
+    """
+    try:
+        return _to_the_end(trainer)
+    except OSError as error:  # a full disk, a permission that was lost
+        raise _failure(trainer, error) from error
+
+
+def _to_the_end(trainer: Trainer) -> int:
     from ray.exceptions import RayError
 
     from grpo_flex.fleet import Stranded
@@ -206,20 +249,31 @@ def _saved(trainer: Trainer) -> bool:
     return True
 
 
-def _failure(trainer: Trainer, error: RayError) -> ValueError:
-    """What the user is told of a process that failed or died; the completed steps are saved where that is possible."""
+def _failure(trainer: Trainer, error: RayError | OSError) -> ValueError:
+    """What the user is told of what ended the run; the completed steps are saved where that is possible."""
     from ray.exceptions import RayError, RayTaskError
 
-    again = _go_on(trainer.log.run_dir)
-    with suppress(RayError):  # the object store may be gone with the process; the last checkpoint stands then
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    died = isinstance(cause, RayError)
+    what = f"a process of the run died: {_first_line(cause)}" if died else f"{type(cause).__name__}: {cause}"
+    return ValueError(f"{what}\n{_kept(trainer)}")
+
+
+def _kept(trainer: Trainer) -> str:
+    """Save the completed steps, if that is possible; what is kept, and how to go on."""
+    from ray.exceptions import RayError
+
+    run_dir = trainer.log.run_dir
+    try:
         trainer.save()
-    if isinstance(error, RayTaskError):
-        return ValueError(f"{type(error.cause).__name__}: {error.cause}\n{again}")
-    return ValueError(f"a process of the run died: {_first_line(error)}\n{again}")
-
-
-def _go_on(run_dir: Path) -> str:
-    return f"the completed steps are kept; once the cause is gone: python -m grpo_flex train --resume {run_dir}"
+        kept = "the completed steps are kept"
+        if trainer.log.last_step < trainer.step:
+            kept += f" (the line of step {trainer.step} in metrics.jsonl is lost)"
+    except (RayError, checkpoint.CheckpointError, OSError):  # nobody has the state any more, or it cannot be written
+        kept = "nothing more could be saved; the last checkpoint stands"
+    if not (_has_metrics(run_dir) and checkpoint.complete(run_dir)):
+        return "no step was saved; once the cause is gone, start the run anew"
+    return f"{kept}; once the cause is gone: python -m grpo_flex train --resume {run_dir}"
 
 
 def _first_line(error: BaseException) -> str:

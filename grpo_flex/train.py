@@ -82,16 +82,18 @@ class Trainer:
         step: training steps completed so far (0, or the checkpoint's).
         server: the judge that the run started for itself, to be started again when it dies.
         ahead: the adapters that sample the next steps, the newest one left out (``sampling.lookahead``).
+        basis: what a resume must not change, by field; each checkpoint holds it.
     """
 
     def __init__(
         self, config: RunConfig, cluster: Cluster, log: RunLog, console: Console,
         *, prompts: PromptStream, heldout: Sequence[Prompt], step: int, server: JudgeServer | None = None,
-        ahead: Sequence[Adapter] = (),
+        ahead: Sequence[Adapter] = (), basis: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         self.config, self.cluster, self.log, self.console = config, cluster, log, console
         self.prompts, self.heldout, self.step, self.server = prompts, heldout, step, server
         self.mirror: Mirror | None = None
+        self.basis = dict(basis or {})
         self._stop = False
         self._next_look = 0.0
         self._starved = 0
@@ -174,8 +176,8 @@ class Trainer:
             return [[] for _ in flight.prompts]
         with self._phase("score"):
             given = [[v for said in self._get(flight.scoring[i]) for v in said] for i in range(len(flight.prompts))]
-        for prompt, verdicts in zip(flight.prompts, given, strict=True):
-            self.cluster.record(flight.step, prompt, verdicts)
+            pairs = zip(flight.prompts, given, strict=True)
+            self._get([self.cluster.record(flight.step, prompt, verdicts) for prompt, verdicts in pairs])
         return given
 
     def learn(
@@ -248,7 +250,7 @@ class Trainer:
         state, config = self.cluster.learner_state(), self.config.checkpoint
         older: list[Any] = list(self._adapters)[:-1]  # references: with a broadcast there are no older ones
         ahead: list[Adapter] = ray.get(older)
-        state |= {"ahead": [(a.version, dict(a.tensors)) for a in ahead]}
+        state |= {"ahead": [(a.version, dict(a.tensors)) for a in ahead], "basis": self.basis}
         score = (numbers or {}).get(headline_key([dict(numbers or {})]) or "")
         folder = checkpoint.save(self.log.run_dir, self.step, state, config.keep, score, config.keep_best)
         if self.mirror is not None:

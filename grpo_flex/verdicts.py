@@ -7,6 +7,7 @@ torn last member is cut off when the file is opened again.
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -53,15 +54,22 @@ class VerdictLog:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what was collected as one gzip member."""
+        """Writes what was collected as one gzip member.
+
+        Raises:
+            OSError: no space or no permission; the file is as it was, and the next call tries again.
+        """
         self._since = time.monotonic()
         if not self._lines:
             return
         member = gzip.compress("".join(self._lines).encode("utf-8", "surrogatepass"), compresslevel=6)
-        self._lines = []
         # One unbuffered write: a kill leaves a whole member or a torn tail, never one inside the file.
         with self.path.open("ab", buffering=0) as file:
-            file.write(member)
+            whole = file.tell()
+            if file.write(member) < len(member):  # what a disk that becomes full does before it refuses
+                file.truncate(whole)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        self._lines = []
 
 
 def drop_from_step(path: str | Path, step: int) -> int:

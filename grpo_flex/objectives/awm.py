@@ -22,6 +22,9 @@ class Awm(Anchored):
 
     m stands in for the log-likelihood of x_0 (its evidence lower bound is an integral of such terms). At the weights
     that sampled the ratio is 1 and the gradient A·w·∇‖v − (ε − x_0)‖²: flow matching weighted by the advantage.
+
+    The ratio weighs x_0 by how likely it is now against how likely it was when it was drawn, so m_old has to be that of the
+    weights that drew it. With ``sampling.lookahead`` the learner has only newer ones, and the two are refused together.
     """
 
     clip: float = 1e-3
@@ -33,6 +36,7 @@ class Awm(Anchored):
 
     keeps_final: ClassVar[bool] = True
     needs_old: ClassVar[bool] = True
+    old_sampled: ClassVar[bool] = True
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from super().problems()

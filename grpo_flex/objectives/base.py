@@ -24,7 +24,11 @@ class Policy(Protocol):
         ...
 
     def old_velocity(self, x: Tensor, sigma: float) -> Tensor:
-        """v of the weights that sampled the group, without gradient; [G, N, C]."""
+        """v of θ_old, without gradient; [G, N, C].
+
+        θ_old is what the newest rollouts are sampled with. It sampled this group too, unless ``sampling.lookahead`` is
+        above 0: the group's weights then are up to so many updates older, and the learner no longer has them.
+        """
         ...
 
     def reference_velocity(self, x: Tensor, sigma: float) -> Tensor:
@@ -61,6 +65,8 @@ class Objective(Protocol):
     """Whether rollouts have to store x_0."""
     needs_old: ClassVar[bool] = False
     """Whether it asks for ``Policy.old_velocity``, or samples with a slower copy (``old_decay``)."""
+    old_sampled: ClassVar[bool] = False
+    """Whether θ_old has to be what sampled the group, so that ``sampling.lookahead`` needs to be 0."""
     needs_base: ClassVar[bool] = False
     """Whether it asks for ``Policy.reference_velocity`` whatever β is."""
     still_at_zero: ClassVar[bool] = True
@@ -86,7 +92,14 @@ class Objective(Protocol):
         """How many Terms ``terms`` will yield: the loss is their mean."""
         ...
 
-    def terms(self, policy: Policy, trajectories: Trajectories, advantages_G: Tensor, seed: int) -> Iterator[Term]: ...
+    def terms(self, policy: Policy, trajectories: Trajectories, advantages_G: Tensor, seed: int) -> Iterator[Term]:
+        """
+        Args:
+            advantages_G: a masked sibling, whose loss will not count, has the mean of the others': it is neither the best
+                nor the worst of the group.
+            seed: of all that is drawn at random.
+        """
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

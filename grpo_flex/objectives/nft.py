@@ -24,7 +24,12 @@ class Nft(Anchored):
     """L = (r·e⁺ + (1−r)·e⁻)/β at random noise levels of x_0, with r = clip(A/(2·A_max) + ½, 0, 1).
 
     e± = ‖x̂_0± − x_0‖²/sg(mean|x̂_0± − x_0|), x̂_0± = x_σ − σ·v±, v⁺ = (1−β)·v_old + β·v, v⁻ = (1+β)·v_old − β·v.
-    v_old belongs to the policy that sampled, θ_old ← η·θ_old + (1−η)·θ with η = min(old_rate·update, old_max).
+    v_old belongs to the policy that samples, θ_old ← η·θ_old + (1−η)·θ with η = min(old_rate·update, old_max).
+
+    With ``sampling.lookahead`` the group was drawn by an earlier θ_old, of the velocity v_s. Without the normalisation the
+    loss is smallest at β·(v − v_old) = 2·r̄·(v⁺* − v_s) + (2·r̄−1)·(v_s − v_old), where v⁺* belongs to the good samples and r̄ is
+    the mean of r at x_σ: the direction of improvement stays, and a pull to v_s (for r̄ > ½) comes with it, which is small
+    since r̄ is about ½ where advantages have the mean 0. No ratio of likelihoods is taken, so nothing else asks for v_s.
     """
 
     beta: float = 1.0

@@ -61,14 +61,15 @@ def test_cps_does_not_preserve_the_variance() -> None:
     assert abs(final_moments(Cps(a=0.7), 4000, 0.0)[1] - S2) > 0.02
 
 
-def test_velocity_gives_the_score() -> None:
-    """∇log p = −(x + (1−σ)v)/σ = −(x − (1−σ)x̂0)/σ², against the density of N((1−σ)m, (1−σ)²S² + σ²)."""
+@pytest.mark.parametrize("dynamics", [FlowSde(a=0.7), Dance(eta=0.3)], ids=["flow_sde", "dance"])
+def test_an_sde_drifts_by_half_its_noise_times_the_score(dynamics: Dynamics) -> None:
+    """μ − μ_ODE = s²Δ/2·∇log p, with the score ∇log p of N((1−σ)m, (1−σ)²S² + σ²) itself."""
     x, sigma, mean = torch.linspace(-2, 2, 9, dtype=torch.float64), 0.4, 0.5
     v = velocity(x, sigma, mean)
+    mu, std = dynamics.moments(x, v, sigma, 0.25)
+    drift = mu - Ode().moments(x, v, sigma, 0.25)[0]
     score = -(x - (1 - sigma) * mean) / ((1 - sigma) ** 2 * S2 + sigma**2)
-    clean = x - sigma * v
-    torch.testing.assert_close(-(x + (1 - sigma) * v) / sigma, score, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(-(x - (1 - sigma) * clean) / sigma**2, score, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(drift, std**2 / 2 * score, rtol=1e-12, atol=1e-12)
 
 
 def solved_variance(solver: Solver, steps: int) -> float:

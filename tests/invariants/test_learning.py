@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 import torch
 
+from grpo_flex.advantages import Pareto
 from grpo_flex.config import RunConfig
 from grpo_flex.dynamics import Cps, Dance, Dynamics, FlowSde
 from grpo_flex.generators.flux import Flux
 from grpo_flex.learner import BoundPolicy, Learner
+from grpo_flex.objectives.dpo import Dpo
 from grpo_flex.objectives.grpo import Grpo
 from grpo_flex.overrides import override
 from grpo_flex.rollout import RolloutWorker
-from grpo_flex.types import Adapter, Prompt, RolloutGroup
+from grpo_flex.types import Adapter, Prompt, RewardedGroup, RolloutGroup
 from tests.tiny import tiny_flux
 
 PROMPT = Prompt(id="p0", text="a red circle on a black background")
@@ -70,6 +72,19 @@ def test_first_gradient_is_minus_advantage_times_score(config: RunConfig) -> Non
     for p, gradient in zip(learner.parameters, seen, strict=True):
         assert p.grad is not None
         torch.testing.assert_close(gradient, p.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_a_sibling_that_nobody_judged_is_in_no_pair(config: RunConfig) -> None:
+    """Pareto's advantages are 0 for the dominated, which is the lowest of this group: a masked 0 must not come before it."""
+    won = np.array([np.nan, 1.0, 0.5, np.nan])
+    group = RewardedGroup(prompt_id="p0", rewards_G=won, breakdown_G={"overall": won, "dim": won})
+    (advantages,), _ = Pareto()([group])
+    assert advantages[2] == 0 < advantages[1] and np.isnan(advantages[[0, 3]]).all()
+    by_pareto, by_pair = (Learner(replace(config, objective=Dpo())) for _ in range(2))
+    (sampled,) = rolled_out(by_pareto.config, by_pareto.adapter())
+    by_pareto.update([sampled], [advantages], 0)
+    by_pair.update([sampled], [np.array([np.nan, 1.0, -1.0, np.nan])], 0)
+    assert all(map(torch.equal, by_pareto.parameters, by_pair.parameters))
 
 
 def _gradients(learner: Learner) -> list[torch.Tensor]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from grpo_flex.config import ConfigError, RunConfig
-from grpo_flex.dynamics import Cps, FastWindow, FlowSde, Multistep, Ode, SlidingWindow
+from grpo_flex.dynamics import Cps, Dance, FastWindow, FlowSde, Multistep, Ode, SlidingWindow
 from grpo_flex.objectives.awm import Awm
 from grpo_flex.objectives.dpo import Dpo
 from grpo_flex.objectives.grpo import Grpo
@@ -16,9 +17,14 @@ from grpo_flex.objectives.guard import Guard
 from grpo_flex.objectives.nft import Nft
 
 SAMPLING: list[tuple[dict[str, Any], str]] = [
+    ({"dynamics": FlowSde(a=math.nan)}, "sampling.dynamics.a is nan; it needs to be finite: .* infinite or no number"),
+    ({"dynamics": Dance(eta=math.inf)}, "sampling.dynamics.eta is inf; it needs to be finite"),
     ({"group_size": 1}, "sampling.group_size is 1; .* needs at least 2 .* nothing would be learnt"),
-    ({"eval_steps": 0}, "sampling.eval_steps is 0; .* at least 1 denoising step"),
-    ({"steps": 1}, "sampling.steps is 1; it needs at least 2: the last one is never trained"),
+    ({"eval_steps": 0}, "sampling.eval_steps is 0; .* at least 1 denoising step, or they would be bare noise"),
+    (
+        {"steps": 1},
+        "sampling.steps is 1; it needs at least 2: the last one is never trained, .* nothing would be learnt",
+    ),
     ({"dynamics": Cps(a=1.2)}, "sampling.dynamics.a is 1.2; for CPS .* between 0 .* and 1 .* is negative"),
     ({"dynamics": FlowSde(a=-1.0)}, "sampling.dynamics.a is -1.0; a noise level cannot be negative"),
     ({"window": FastWindow(size=4)}, "sampling.window.size is 4; .* would reach step 3, but only steps 0…2 .*steps=4"),
@@ -39,6 +45,7 @@ OBJECTIVES: list[tuple[Any, str]] = [
     (Nft(beta=-1.0), "objective.beta is -1.0"),
     (Nft(old_max=1.0), "objective.old_max is 1.0; .* sampling would never change"),
     (Awm(draws=0), "objective.draws is 0; .* nothing to learn from"),
+    (Grpo(kl_beta=math.nan), "objective.kl_beta is nan; it needs to be finite"),
     (Dpo(beta=-5.0), "objective.beta is -5.0; .* the loss does not depend on the policy"),
     (Nft(draws=1.5), "objective.draws is 1.5; it needs to be a whole number"),  # pyright: ignore[reportArgumentType]
 ]
@@ -54,6 +61,19 @@ def test_sampling(config: RunConfig, changes: dict[str, Any], message: str) -> N
 def test_objectives(config: RunConfig, objective: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         replace(config, objective=objective).validate()
+
+
+def test_numbers_in_a_tuple_are_looked_at_too(config: RunConfig) -> None:
+    with pytest.raises(ConfigError, match=r"optimizer.betas is \(0.9, nan\); it needs to be finite"):
+        replace(config, optimizer=replace(config.optimizer, betas=(0.9, math.nan))).validate()
+
+
+def test_only_a_ratio_that_needs_the_weights_that_sampled_is_refused_with_lookahead(config: RunConfig) -> None:
+    ahead = replace(config, sampling=replace(config.sampling, lookahead=1))
+    for objective in (Grpo(), Nft(), Dpo()):
+        replace(ahead, objective=objective).validate()
+    with pytest.raises(ConfigError, match=r"sampling.lookahead is 1 with Awm, .* weigh samples wrongly; set it to 0"):
+        replace(ahead, objective=Awm()).validate()
 
 
 @pytest.mark.parametrize("objective", [Nft(), Awm(), Dpo()], ids=lambda o: type(o).__name__)

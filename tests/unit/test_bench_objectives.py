@@ -64,7 +64,9 @@ def test_table_and_plot(tmp_path: Path) -> None:
     found = bench.results(tmp_path)
     assert list(found) == ["fast", "slow"]
     fast, slow = bench.table(found).splitlines()[2:]
-    assert fast.startswith("| fast | 2 | 0.550 (0.500–0.600) | +0.150 | 0.550 | 10 | 10 (1/2) | 30 (1/2) | 5 | 1 | 1.00 |")
+    assert fast.startswith(
+        "| fast | 2 | 0.550 (0.500–0.600) | +0.150 | 0.550 | 10 | 10 (1/2) | 30 (1/2) | 5 | 1 | 1.00 |"
+    )
     assert "– (0/1)" in slow
     bench.plot(bench.curves(found), tmp_path / "plot.png", "seconds")
     assert (tmp_path / "plot.png").stat().st_size > 1000

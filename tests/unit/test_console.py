@@ -26,6 +26,12 @@ class Terminal(io.StringIO):
         return True
 
 
+def test_a_status_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
+    with Console(10, run_dir=tmp_path / "gone", out=io.StringIO()) as console:
+        console.phase("rollout")
+        console.note("no space left")
+
+
 def test_a_log_gets_plain_lines_not_more_often_than_every_ten_seconds() -> None:
     out, clock = io.StringIO(), Clock()
     with Console(100, 0, "shapes", out=out, clock=clock) as console:

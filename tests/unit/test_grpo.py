@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 
 from grpo_flex.dynamics import Cps, Dance, FlowSde
-from grpo_flex.objectives.grpo import clipped_surrogate, gaussian_kl
+from grpo_flex.objectives.grpo import Grpo, clipped_surrogate, gaussian_kl
+from tests.policies import FormulaPolicy, matrix, sampled_group
 
 
 def f64(*values: float) -> torch.Tensor:
@@ -45,6 +48,21 @@ def test_kl_is_a_weighted_velocity_distance(dynamics: FlowSde | Dance, s: float)
     delta = sigma - sigma_next
     expected = delta / 2 * (s * (1 - sigma) / (2 * sigma) + 1 / s) ** 2 * ((v - v_ref) ** 2).mean(dim=(1, 2))
     torch.testing.assert_close(kl, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("form", "published"), [("exact", False), ("flow_grpo", True)])
+def test_the_two_forms_of_the_kl_by_hand(form: Literal["exact", "flow_grpo"], published: bool) -> None:
+    """‖μ − μ_ref‖²/(2·s²Δ), and as Flow-GRPO publishes it ‖μ − μ_ref‖²/(2·s²); s = a·√(σ/(1−σ)), at σ = 1 with 1 − σ'."""
+    a, policy = 0.7, FormulaPolicy(matrix(1), matrix(2), matrix(9), FlowSde(a=0.7))
+    taken = sampled_group(policy)
+    for k, term in enumerate(Grpo(kl_beta=1.0, kl_form=form).terms(policy, taken, f64(1, -1, 0, 0), 0)):
+        x, sigma, sigma_next = taken.latents_GKNC[:, k], taken.sigmas[k], taken.sigmas[k + 1]
+        delta, s2 = sigma - sigma_next, a**2 * sigma / (1 - (sigma if k else sigma_next))
+        difference = policy.velocity(x, sigma) - policy.reference_velocity(x, sigma)
+        apart = (1 + s2 * (1 - sigma) / (2 * sigma)) * delta * difference  # what μ has of v
+        expected = (apart**2).mean(dim=(1, 2)) / (2 * s2 * (1 if published else delta))
+        assert term.kl_G is not None
+        torch.testing.assert_close(term.kl_G, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_kl_is_that_of_torch_distributions() -> None:

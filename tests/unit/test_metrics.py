@@ -24,6 +24,14 @@ OFFLINE = StandInConfig(wandb=Wandb(mode="offline"))
 # ---------------------------------------------------------------- metrics.jsonl
 
 
+def test_a_full_disk_is_said_once(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    log = RunLog(tmp_path, QUIET)
+    with pytest.raises(OSError, match="No space left"):
+        log.log(0, {"heldout/oracle": 0.5})
+    log.close()  # what is said at the end must not take the place of what went wrong
+
+
 def test_one_line_per_step_that_is_valid_json_even_for_nan(tmp_path: Path) -> None:
     with RunLog(tmp_path, QUIET) as log:
         log.log(0, {"heldout/oracle": 0.5})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -9,7 +10,7 @@ from typing import Any, cast
 import pytest
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
-from grpo_flex import run
+from grpo_flex import checkpoint, run
 from grpo_flex.config import Adapter
 from grpo_flex.judge_server import JudgeAway
 from grpo_flex.train import Interrupted, Starved, Trainer
@@ -26,7 +27,9 @@ class Stand:
         self.notes: list[str] = []
         self.done: list[str] = []
         self.console = SimpleNamespace(note=self.notes.append)
-        self.log = SimpleNamespace(run_dir=folder)
+        self.step = 3
+        self.log = SimpleNamespace(run_dir=folder, last_step=3)
+        (folder / "metrics.jsonl").write_text('{"step": 3}\n')
         self.config = SimpleNamespace(adapter=Adapter())
         self.cluster = SimpleNamespace(
             save_adapter=lambda _: self.done.append("adapter"), close_judge=lambda: self.done.append("judge")
@@ -40,6 +43,7 @@ class Stand:
         if not self.learner:
             raise RayActorError
         self.done.append("checkpoint")
+        checkpoint.save(self.log.run_dir, self.step, {}, keep=1)
 
     def stop(self) -> None:
         self.asked = True
@@ -79,5 +83,51 @@ def test_a_process_that_dies_by_itself_is_an_error(tmp_path: Path) -> None:
 def test_a_task_that_fails_is_an_error_after_a_checkpoint(tmp_path: Path) -> None:
     stand = Stand(tmp_path, RayTaskError("update", "trace", RuntimeError("CUDA is out of memory")))
     with pytest.raises(ValueError, match=r"RuntimeError: CUDA is out of memory(.|\n)*--resume"):
+        end(stand)
+    assert stand.done == ["checkpoint"]
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device", "runs/tiny/samples/step_00003.png")
+
+
+def test_a_file_that_cannot_be_written_is_an_error_after_a_checkpoint(tmp_path: Path) -> None:
+    stand = Stand(tmp_path, FULL)
+    with pytest.raises(ValueError, match=r"OSError: .*No space.*step_00003(.|\n)*are kept;.*--resume"):
+        end(stand)
+    assert stand.done == ["checkpoint"]
+    stand.log.last_step = 2  # it was the file of the numbers
+    with pytest.raises(ValueError, match=r"are kept \(the line of step 3 in metrics.jsonl is lost\)"):
+        end(stand)
+
+
+def test_where_no_checkpoint_can_be_written_either_the_last_one_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand = Stand(tmp_path, FULL)
+    checkpoint.save(tmp_path, 2, {}, keep=1)
+
+    def full(*_: object, **__: object) -> None:
+        raise FULL
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(ValueError, match=r"could be saved; the last checkpoint stands; .*--resume"):
+        end(stand)
+
+
+def test_before_the_first_step_there_is_nothing_to_resume(tmp_path: Path) -> None:
+    stand = Stand(tmp_path, FULL)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"no step was saved; .* start the run anew"):
+        end(stand)
+
+
+def test_an_adapter_that_cannot_be_exported_is_an_error_after_a_checkpoint(tmp_path: Path) -> None:
+    stand = Stand(tmp_path, None)
+
+    def full(folder: Path) -> None:
+        raise FULL
+
+    stand.cluster.save_adapter = full
+    with pytest.raises(ValueError, match=r"No space(.|\n)*--resume"):
         end(stand)
     assert stand.done == ["checkpoint"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +83,21 @@ def test_a_useless_question_has_one_clear_answer(run_dir: Path, tmp_path: Path) 
         main(run_dir, step=7)
     with pytest.raises(ValueError, match=f"no {FILE_NAME} in"):
         main(tmp_path / "elsewhere")
+
+
+def test_a_disk_that_becomes_full_leaves_whole_members(tmp_path: Path) -> None:
+    """The first write takes a part of what it is given, as a disk does that has some room left."""
+    log, limits = VerdictLog(tmp_path / FILE_NAME), resource.getrlimit(resource.RLIMIT_FSIZE)
+    log.add(1, "cat", "a cat", ENTRIES[0].verdict)
+    log.flush()
+    whole = log.path.read_bytes()
+    log.add(1, "dog", "a dog", ENTRIES[2].verdict)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 10, limits[1]))
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            log.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert log.path.read_bytes() == whole
+    log.flush()  # somebody made room
+    assert [e.prompt_id for e in read_verdicts(log.path)] == ["cat", "dog"]

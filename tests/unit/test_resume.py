@@ -1,0 +1,114 @@
+"""What a resume may change, and what it may not."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_flex import checkpoint
+from grpo_flex.__main__ import main
+from grpo_flex.config import RunConfig
+from grpo_flex.config_file import to_json
+from grpo_flex.generators.flux import Flux
+from grpo_flex.prompts import read_prompts
+from grpo_flex.run import _basis
+from tests.tiny import write_prompts
+
+Change = Callable[[Path, RunConfig], list[str]]
+
+
+@pytest.fixture
+def own(config: RunConfig, tmp_path: Path) -> RunConfig:
+    """A configuration whose prompts a test may change."""
+    write_prompts(tmp_path / "train.jsonl", 10)
+    write_prompts(tmp_path / "heldout.jsonl", 3)
+    prompts = replace(config.prompts, train=str(tmp_path / "train.jsonl"), heldout=str(tmp_path / "heldout.jsonl"))
+    return replace(config, prompts=prompts, runs_dir=str(tmp_path / "runs"))
+
+
+def stopped(config: RunConfig, **state: Any) -> Path:
+    """The directory of a run with one step done."""
+    run_dir = Path(config.runs_dir) / config.name
+    checkpoint.save(run_dir, 1, state, keep=1)
+    (run_dir / "config.json").write_text(to_json(config))
+    return run_dir
+
+
+def basis(config: RunConfig) -> dict[str, str]:
+    train, heldout = (read_prompts(getattr(config.prompts, name), name) for name in ("train", "heldout"))
+    return _basis(config, train, heldout)
+
+
+def another_model(folder: Path, config: RunConfig) -> list[str]:
+    assert isinstance(config.generator, Flux)
+    (folder / "other").symlink_to(config.generator.model)
+    return [f"generator.model={folder / 'other'}"]
+
+
+def another_file(folder: Path, config: RunConfig) -> list[str]:
+    write_prompts(folder / "more.jsonl", 12)
+    return [f"prompts.train={folder / 'more.jsonl'}"]
+
+
+def another_text(folder: Path, config: RunConfig) -> list[str]:
+    lines = [json.loads(line) for line in Path(config.prompts.train).read_text().splitlines()]
+    lines[3]["text"] += "!"
+    Path(config.prompts.train).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return []
+
+
+def a_lost_line(folder: Path, config: RunConfig) -> list[str]:
+    path = Path(config.prompts.heldout)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    return []
+
+
+REFUSED: list[tuple[Change, str]] = [
+    (lambda *_: ["seed=5"], "seed is now 5, and was 7"),
+    (lambda *_: ["prompts.per_step=3"], "prompts.per_step is now 3, and was 2"),
+    (another_model, "generator.model is now .*other, and was .*tiny_flux"),
+    (another_file, "prompts.train is now 12 prompts .*, and was 10 prompts"),
+    (another_text, "prompts.train is now 10 prompts .*, and was 10 prompts"),
+    (a_lost_line, "prompts.heldout is now 2 prompts .*, and was 3 prompts"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED, ids=lambda x: x if isinstance(x, str) else "")
+def test_another_run_is_refused_and_nothing_changes(
+    own: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Change, message: str
+) -> None:
+    run_dir = stopped(own, basis=basis(own))
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    assert main(["train", "--resume", str(run_dir), *change(tmp_path, own)]) == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said), said
+    assert "start a new run, without --resume" in said
+    assert before == {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+
+
+GOES_ON = "has completed its 1 steps"
+"""The complaint that comes next: these tests start nothing."""
+
+
+def test_what_is_no_part_of_it_may_change(own: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = stopped(own, basis=basis(own))
+    moved = Path(own.prompts.train).rename(tmp_path / "moved.jsonl")
+    changed = [
+        "steps=1", f"prompts.train={moved}", "optimizer.lr=0.5", "evaluation.every=9", "placement.rollout_workers=1",
+        "judge.server=none", "judge.endpoints=http://127.0.0.1:9/v1", "checkpoint.every=7", "objective.clip=0.1",
+    ]  # fmt: skip
+    assert main(["train", "--resume", str(run_dir), *changed]) == 2
+    assert GOES_ON in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_an_earlier_version_says_nothing_of_it(
+    own: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--resume", str(stopped(own)), "steps=1", "seed=5"]) == 2
+    assert GOES_ON in capsys.readouterr().err
