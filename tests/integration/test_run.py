@@ -256,7 +256,7 @@ def test_a_ray_cluster_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_prompt_that_is_too_long_is_refused_before_anything_is_started(
     config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    short = replace(config, runs_dir=str(tmp_path / "runs"), generator=replace(config.generator, max_sequence_length=2))  # pyright: ignore[reportCallIssue]
+    short = replace(config, runs_dir=str(tmp_path / "runs"), generator=replace(config.generator, max_sequence_length=2))  # pyright: ignore[reportArgumentType]
     for words in ([], ["--dry-run"]):
         assert main(["train", experiment_file(short, tmp_path), *words]) != 0
         said = capsys.readouterr()
