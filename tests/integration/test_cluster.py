@@ -49,8 +49,9 @@ def test_where_processes_sit_and_that_one_dies_or_joins_does_not_show_in_the_num
     process = start_training(experiment_file(config, tmp_path))
     run_dir = tmp_path / "runs" / "tiny"
     wait_for(lambda: len(rows(run_dir)) >= 2, process)
-    raylets.add_node(num_cpus=1)
+    # First the kill: while learners start again the new node has the time to come, however fast the steps are.
     os.kill(descendants(os.getpid(), "ray::LearnerActor")[1], signal.SIGKILL)
+    raylets.add_node(num_cpus=1)
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
     assert "a learner died; starting again from the last completed step" in out and "rollout-2 joins" in out
