@@ -71,7 +71,7 @@ def _on_samples(objective: Nft | Awm | Dpo, **sampling: Any) -> Change:
 
 
 def _default(config: RunConfig) -> RunConfig:
-    """The tuned recipe, which samples no step ahead where worker and learner take turns."""
+    """The tuned recipe."""
     made = load_experiment(DEFAULT)
     return _sampled(replace(made, seed=config.seed, placement=config.placement), lookahead=0)
 
@@ -125,6 +125,7 @@ def configuration(name: str, seed: int, overrides: Sequence[str]) -> RunConfig:
     """A configuration of the table, on one thread."""
     base = load_experiment(EXPERIMENT)
     base = replace(base, seed=seed, placement=replace(base.placement, threads_per_worker=1, learner_threads=1))
+    base = _sampled(base, lookahead=0)  # worker and learner take turns
     config = override(CONFIGURATIONS[name](base), overrides)
     config.validate()
     return config
