@@ -12,7 +12,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export WANDB_ERROR_REPORTING := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-judge serve-judge train-image-grpo train-video-grpo testbed-models train-judge train-video-judge evaluate check test chaos clean
+.PHONY: help setup setup-judge environments serve-judge train-image-grpo train-video-grpo testbed-models train-judge train-video-judge evaluate check test chaos clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -22,10 +22,14 @@ setup: $(VENV)/.done  ## make the trainer's environment, .venv
 $(VENV)/.done: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; give another: make setup PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --editable '.[dev]'
+	# Python compiles what it imports; compiling all that is installed takes longer than installing it.
+	$(PY) -m pip install --quiet --no-compile --editable '.[dev]'
 	@touch $@
 
-train-image-grpo: setup setup-judge  ## train the tiny FLUX by the tiny judge's verdicts: a new run, or RESUME=runs/NAME; ARGS="field=value …"
+environments:
+	@$(MAKE) --no-print-directory -j2 setup setup-judge
+
+train-image-grpo: environments  ## train the tiny FLUX by the tiny judge's verdicts: a new run, or RESUME=runs/NAME; ARGS="field=value …"
 	@$(PY) -m grpo_flex train experiments/shapes_image.py $(if $(RESUME),--resume $(RESUME)) $(ARGS)
 
 train-video-grpo: setup  ## train the tiny Wan, which shows moving shapes, by an oracle's verdicts: RESUME and ARGS as above
@@ -40,7 +44,7 @@ $(JUDGE_VENV)/.done-$(JUDGE): reward_server/environment/$(JUDGE).txt reward_serv
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; give another: make setup-judge PYTHON=python3.11"; exit 1; }
 	rm -rf $(JUDGE_VENV)
 	$(PYTHON) -m venv $(JUDGE_VENV)
-	$(JUDGE_PY) -m pip install --quiet --requirement $<
+	$(JUDGE_PY) -m pip install --quiet --no-compile --requirement $<
 ifeq ($(JUDGE),cpu)
 	# CUDA builds that a judge does without and that cannot be imported beside a CPU torch …
 	$(JUDGE_PY) -m pip uninstall --quiet --yes torchaudio torchcodec
@@ -74,7 +78,7 @@ check: setup  ## ruff and pyright
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
 
-test: setup setup-judge  ## every test, on the CPU
+test: environments  ## every test, on the CPU
 	$(PY) -m pytest tests
 
 chaos: setup  ## the chaos test in full: STEPS=200 SEED=0, tens of minutes

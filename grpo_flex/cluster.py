@@ -45,7 +45,7 @@ Resources = dict[str, float]
 
 
 class Cluster:
-    """The actors of one run. Use as a context manager: leaving it stops them, and a local Ray cluster too."""
+    """The actors of one run. Use as a context manager: leaving it stops them, and leaves Ray (or stops it, if it is local)."""
 
     def __init__(self, config: RunConfig, run_dir: Path, endpoints: tuple[str, ...]) -> None:
         self.config = config
@@ -54,10 +54,10 @@ class Cluster:
         self.stopping: Callable[[], bool] = lambda: False
         """Whether the run is being stopped, so that nobody is to be started again."""
         place = config.placement
-        self._local = connect(config)
+        local = connect(config)
         try:
             self._bundles = seats(config)
-            self._group = reserve(self._bundles, 0.0 if self._local else place.wait_s)
+            self._group = reserve(self._bundles, 0.0 if local else place.wait_s)
         except ConfigError:
             ray.shutdown()
             raise
@@ -100,8 +100,7 @@ class Cluster:
         for actor in self._actors().values():
             ray.kill(actor)
         ray.util.remove_placement_group(self._group)
-        if self._local:
-            ray.shutdown()
+        ray.shutdown()
 
     def wait_until_ready(self) -> None:
         """Block until every actor has loaded its model.

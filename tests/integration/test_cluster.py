@@ -68,10 +68,12 @@ def test_where_processes_sit_and_that_one_dies_or_joins_does_not_show_in_the_num
     assert numbers(run_dir) == numbers(other / "runs" / "tiny")
 
 
+@pytest.mark.usefixtures("joining")
 def test_sampling_ahead_is_stale_by_so_much_and_a_resume_equals_the_run_never_stopped(tmp_path: Path) -> None:
     config = placed(tmp_path)
     config = replace(config, sampling=replace(config.sampling, lookahead=1))
-    file = experiment_file(replace(config, placement=replace(config.placement, learners=1)), tmp_path)
+    few = replace(config.placement, learners=1, rollout_workers=1)
+    file = experiment_file(replace(config, placement=few), tmp_path)
     assert main(["train", file]) == 0
     straight = tmp_path / "runs" / "tiny"
     assert [row["policy/staleness"] for row in read_metrics(straight)[1:]] == [0, 1, 1, 1]

@@ -27,9 +27,10 @@ SLOW = OracleJudge(latency_s=0.5)
 AWAY_S = 10.0
 
 
-def with_judge(folder: Path, steps: int = STEPS, **changes: Any) -> RunConfig:
+def with_judge(folder: Path, steps: int = STEPS, workers: int = 1, **changes: Any) -> RunConfig:
     config = tiny_config(folder, steps=steps)
-    return replace(config, judge=replace(judge_of(config), **changes))
+    placement = replace(config.placement, rollout_workers=workers)
+    return replace(config, judge=replace(judge_of(config), **changes), placement=placement)
 
 
 def finished(process: subprocess.Popen[str], limit_s: float = 300) -> str:
@@ -90,7 +91,7 @@ def test_what_is_masked_is_said_where_the_step_can_do_without(tmp_path: Path) ->
 
 
 def test_a_judge_of_the_runs_own_and_a_worker_that_are_killed_come_back_by_themselves(tmp_path: Path) -> None:
-    process = start_training(experiment_file(with_judge(tmp_path, server=SLOW), tmp_path))
+    process = start_training(experiment_file(with_judge(tmp_path, workers=2, server=SLOW), tmp_path))
     run_dir = tmp_path / "runs" / "tiny"
     wait_for(lambda: len(rows(run_dir)) >= 3, process)
     (judge,) = descendants(process.pid, "testbed.oracle_judge")
@@ -119,7 +120,7 @@ def test_a_learner_that_is_killed_goes_on_from_the_last_completed_step(tmp_path:
     assert state["workers"]["learner"] == "alive, restarted once"
 
 
-def test_a_judge_that_keeps_dying_stops_the_run_in_order(tmp_path: Path) -> None:
+def test_a_judge_that_keeps_dying_stops_the_run_in_order(tmp_path: Path, head: str) -> None:
     process = start_training(experiment_file(with_judge(tmp_path, server=SLOW, restarts=0), tmp_path))
     run_dir = tmp_path / "runs" / "tiny"
     wait_for(lambda: len(rows(run_dir)) >= 3, process)
@@ -130,10 +131,10 @@ def test_a_judge_that_keeps_dying_stops_the_run_in_order(tmp_path: Path) -> None
     assert "has ended once more, after 0 restarts (judge.restarts=0); see its log in" in out
     done = len(rows(run_dir)) - 1
     assert checkpoint.load(run_dir)[0] == done >= 2
-    assert main(["train", "--resume", str(run_dir), f"steps={done + 1}"]) == 0
+    assert main(["train", "--resume", str(run_dir), f"steps={done + 1}", f"placement.ray_address={head}"]) == 0
 
 
-def test_sigterm_to_every_worker_too_loses_no_completed_step(tmp_path: Path) -> None:
+def test_sigterm_to_every_worker_too_loses_no_completed_step(tmp_path: Path, head: str) -> None:
     """As a scheduler ends a job: the workers die first, but the newest state is in the object store."""
     config = with_judge(tmp_path, steps=40, server=SLOW)
     config = replace(config, checkpoint=replace(config.checkpoint, every=2))
@@ -148,5 +149,5 @@ def test_sigterm_to_every_worker_too_loses_no_completed_step(tmp_path: Path) -> 
     assert "the learner has ended too" in out and "--resume" in out
     last = checkpoint.load(run_dir)[0]
     assert last == len(rows(run_dir)) - 1 >= 3 and (run_dir / "report.html").is_file()
-    assert main(["train", "--resume", str(run_dir), f"steps={last + 1}"]) == 0
+    assert main(["train", "--resume", str(run_dir), f"steps={last + 1}", f"placement.ray_address={head}"]) == 0
     assert [row["step"] for row in read_metrics(run_dir)] == list(range(last + 2))

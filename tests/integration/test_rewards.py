@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from testbed.oracle import ShapesOracle
 from tests.configs import tiny_config
 from tests.integration.processes import experiment_file
 from tests.tiny import save_tiny_clip
+
+pytestmark = pytest.mark.usefixtures("joining")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,8 @@ def entries(run_dir: Path) -> Counter[tuple[str, int, str]]:
 
 def scored(folder: Path, **changes: Any) -> RunConfig:
     reward = Pointwise(criteria=("oracle", "light"), weights=(1.0, 1.0))
-    return tiny_config(folder, **({"judge": None, "scorers": (Attributes(),), "reward": reward} | changes))
+    config = tiny_config(folder, **({"judge": None, "scorers": (Attributes(),), "reward": reward} | changes))
+    return replace(config, placement=replace(config.placement, rollout_workers=1))
 
 
 def test_the_oracle_alone_is_a_reward_and_a_resume_repeats_it(

@@ -61,6 +61,7 @@ def test_a_complete_run_leaves_what_it_promises(straight: Path) -> None:
     assert checkpoint.best(run_dir) == run_dir / "checkpoints" / f"step_{best:06d}"
 
 
+@pytest.mark.usefixtures("joining")
 def test_a_resume_equals_the_run_never_stopped_also_with_another_number_of_workers(
     straight: Path, tmp_path: Path
 ) -> None:
@@ -71,7 +72,7 @@ def test_a_resume_equals_the_run_never_stopped_also_with_another_number_of_worke
     assert numbers(run_dir) == numbers(straight / "runs" / "tiny")
 
 
-def test_ctrl_c_saves_and_the_resume_equals_the_run_never_stopped(straight: Path, tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_the_resume_equals_the_run_never_stopped(straight: Path, tmp_path: Path, head: str) -> None:
     config = tiny_config(tmp_path, steps=4)
     file = experiment(tmp_path, steps=4, checkpoint=replace(config.checkpoint, every=1000))
     process = start_training(file)
@@ -82,11 +83,11 @@ def test_ctrl_c_saves_and_the_resume_equals_the_run_never_stopped(straight: Path
     done = len(rows(run_dir)) - 1
     assert process.returncode == RESUME_ME, out
     assert "--resume" in out and checkpoint.load(run_dir)[0] == done < 4
-    assert main(["train", "--resume", str(run_dir)]) == 0
+    assert main(["train", "--resume", str(run_dir), f"placement.ray_address={head}"]) == 0
     assert numbers(run_dir) == numbers(straight / "runs" / "tiny")
 
 
-def test_a_run_stopped_in_its_first_step_can_be_resumed(straight: Path, tmp_path: Path) -> None:
+def test_a_run_stopped_in_its_first_step_can_be_resumed(straight: Path, tmp_path: Path, head: str) -> None:
     process = start_training(experiment(tmp_path, steps=4))
     run_dir = tmp_path / "runs" / "tiny"
     wait_for(lambda: run_dir.is_dir() and len(rows(run_dir)) >= 1, process)
@@ -94,16 +95,18 @@ def test_a_run_stopped_in_its_first_step_can_be_resumed(straight: Path, tmp_path
     out, _ = process.communicate(timeout=120)
     assert process.returncode == RESUME_ME, out
     # Overrides may stand behind --resume, as `make … RESUME=… ARGS=…` writes them.
-    assert main(["train", "exp.py", "--resume", str(run_dir), "steps=4"]) == 0
+    there = f"placement.ray_address={head}"
+    assert main(["train", "exp.py", "--resume", str(run_dir), "steps=4", there]) == 0
     assert numbers(run_dir) == numbers(straight / "runs" / "tiny")
 
 
+@pytest.mark.usefixtures("joining")
 def test_a_run_brought_back_from_its_mirror_equals_the_run_never_stopped(
     straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mirror, run_dir = f"file://{tmp_path}/mirror", tmp_path / "runs" / "tiny"
     file = experiment(tmp_path, steps=2)
-    assert main(["train", file, f"checkpoint.mirror={mirror}"]) == 0
+    assert main(["train", file, f"checkpoint.mirror={mirror}", "placement.rollout_workers=1"]) == 0
     assert f"{mirror}/tiny, of step 2" in capsys.readouterr().out
     shutil.rmtree(run_dir)  # the node is gone
     assert main(["train", "--resume", f"{mirror}/tiny", "steps=4"]) == 0
@@ -129,10 +132,11 @@ class Falling:
         return {"falling": -float(Path(self.path).stat().st_size)}
 
 
+@pytest.mark.usefixtures("joining")
 def test_a_run_whose_held_out_score_falls_stops_early(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scorer = Falling(path=str(tmp_path / "calls"))
     file = experiment(tmp_path, steps=9, evaluation=Evaluation(every=1, scorer=scorer, stop_after=2))
-    assert main(["train", file]) == 0
+    assert main(["train", file, "placement.colocated=true"]) == 0
     run_dir = tmp_path / "runs" / "tiny"
     assert [row["step"] for row in read_metrics(run_dir)] == [0, 1, 2] and checkpoint.load(run_dir)[0] == 2
     out = capsys.readouterr().out
