@@ -7,7 +7,7 @@ times ``--sharpness``, plus ``--bias`` for standing first. Every plan reads its 
 plans differ by what they ask and by nothing else. Two correlations are printed, both over all siblings:
 with the advantages of the full round robin in both orders, and with those of a judge without noise or bias.
 
-    python -m benchmarks.judge_budget --groups 60 --group-size 9
+    python -m benchmarks.judge_budget --groups 60 --group-size 6 8 9 16
 """
 
 from __future__ import annotations
@@ -153,17 +153,11 @@ def compare(
     return sorted(rows, key=lambda r: -r.questions), {**figures, "accuracy": float(np.mean(right))}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.judge_budget", description="How few questions will do.")
-    parser.add_argument("--groups", type=int, default=60)
-    parser.add_argument("--group-size", type=int, default=9)
-    parser.add_argument("--sharpness", type=float, default=1.5, help="log-odds per standard deviation of merit")
-    parser.add_argument("--bias", type=float, default=0.4, help="log-odds for standing first")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    rows, figures = compare(options.groups, options.group_size, options.sharpness, options.bias, options.seed)
+def show(size: int, groups: int, sharpness: float, bias: float, seed: int) -> None:
+    """Prints the table of one group size, and the cheapest plan that is good enough."""
+    rows, figures = compare(groups, size, sharpness, bias, seed)
     print(
-        f"G = {options.group_size}, {options.groups} groups. The judge: accuracy {figures['accuracy']:.2f}, "
+        f"G = {size}, {groups} groups. The judge: accuracy {figures['accuracy']:.2f}, "
         f"order consistency {figures['judge/order_consistency']:.2f}, "
         f"first wins {figures['judge/first_position_win_rate']:.2f}"
     )
@@ -175,8 +169,21 @@ def main() -> None:
     enough = [r for r in rows if r.with_full >= ENOUGH]
     cheapest = min(enough, key=lambda r: (r.questions, -r.with_full))
     print(
-        f"cheapest with r(full) >= {ENOUGH}: {cheapest.plan} with {cheapest.reward}, {cheapest.questions:.0f} questions"
+        f"cheapest with r(full) >= {ENOUGH}: {cheapest.plan} with {cheapest.reward}, {cheapest.questions:.0f} questions\n",
+        flush=True,
     )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.judge_budget", description="How few questions will do.")
+    parser.add_argument("--groups", type=int, default=60)
+    parser.add_argument("--group-size", type=int, nargs="+", default=[6, 8, 9, 16], help="one table each (%(default)s)")
+    parser.add_argument("--sharpness", type=float, default=1.5, help="log-odds per standard deviation of merit")
+    parser.add_argument("--bias", type=float, default=0.4, help="log-odds for standing first")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    for size in options.group_size:
+        show(size, options.groups, options.sharpness, options.bias, options.seed)
 
 
 if __name__ == "__main__":

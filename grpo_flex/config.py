@@ -226,7 +226,8 @@ class Judge:
     """Name of the environment variable that holds the key; secrets never stand in a configuration."""
     pairs: PairPlan = field(default_factory=lambda: RoundRobin(orders="balanced"))
     """Which ordered pairs of a group are asked. The default is the cheapest plan whose advantages correlate by 0.95 or more
-    with those of all pairs in both orders, for groups of nine (``benchmarks/judge_budget.py``)."""
+    with those of all pairs in both orders, for groups of nine. Groups of six reach that with ``Budgeted(share=1.25)``, of eight
+    with 1.1, of sixteen with 0.75, each with ``BradleyTerry`` (``benchmarks/judge_budget.py``)."""
     concurrency: int = 32
     timeout_s: float = 60.0
     """For one request."""

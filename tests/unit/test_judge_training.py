@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,15 +17,17 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from reward_server import dpo, finetuning, judge_training, sft
+from reward_server import dpo, finetuning, judge_training, pairs, sft
 from reward_server.__main__ import main
 from reward_server.families.flex import Flex
 from reward_server.judge_training import Dpo, JudgeTraining, Lora, Sft
 from reward_server.pairs import FILE
-from testbed import judge_model, judge_trace
+from testbed import judge_model, judge_trace, refine_judge
 from testbed.judge_data import Pair
 from testbed.judge_model import patches, reply_ids, request_ids
 from testbed.judge_preferences import render_pairs
+from testbed.oracle_judge import MODEL, OracleJudge
+from tests.tiny_vlm import THINKING_TEMPLATE, qwen3_5, save_tiny_vlm
 
 CLIP = "a red circle moving right"
 KINDS = {"full": None, "lora": Lora(rank=4, alpha=8)}
@@ -246,6 +248,67 @@ def test_dpo_starts_at_ln_2_and_prefers_the_right_traces(
     assert lines[-1]["rewards/accuracies"] > 0.5
     assert (saved / "model.safetensors").stat().st_size == (Path(config.model) / "model.safetensors").stat().st_size
     assert dpo.train(config) == saved
+
+
+# ---------------------------------------------------------------- both, one after the other
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_qwen3_5_judge_goes_through_both_stages(
+    config: JudgeTraining, drawn: list[Pair], kind: str, tmp_path: Path
+) -> None:
+    """Its layers of linear attention are trained, adapted and merged like others; its reply comes after an empty thought."""
+    base = save_tiny_vlm(tmp_path / "base", build=qwen3_5, chat_template=THINKING_TEMPLATE)
+    still = {name: replace(config.family(name), thinking=False) for name in ("image", "video")}
+    config = replace(config, model=base, lora=KINDS[kind], **still)
+    config = replace(
+        with_pairs(config, drawn),
+        sft=replace(config.sft, steps=1, warmup=0.0),
+        dpo=replace(config.dpo, steps=2, warmup=0.0, model=""),
+    )
+    trainer = sft_trainer(config)
+    assert trainer.processing_class.tokenizer.decode(
+        trainer.data_collator([trainer.train_dataset[7]])["input_ids"][0]
+    ).endswith('assistant\n<think>\n\n</think>\n\n{"winner":"Video 1"}<|im_end|>')
+    first, last = sft.train(config), dpo.train(config)
+    begun, updated = finetuning.read_metrics(config.folder / "dpo")
+    assert begun["loss"] == pytest.approx(math.log(2), abs=1e-5) and updated["rewards/margins"] != 0
+    before, *after = (
+        AutoModelForImageTextToText.from_pretrained(folder).state_dict() for folder in (base, first, last)
+    )
+    for weights in after:
+        assert before.keys() == weights.keys()
+        moved = {name for name in before if not torch.equal(before[name], weights[name])}
+        assert any("linear_attn.in_proj_qkv" in name for name in moved) and any("self_attn" in name for name in moved)
+        before = weights
+
+
+class ErringOracle(OracleJudge):
+    """In place of a judge in vLLM."""
+
+    served_name: ClassVar[str] = MODEL
+
+
+def test_the_testbed_takes_its_judge_through_the_recipe_once(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[str] = []
+
+    def serve(model: str, **_: Any) -> ErringOracle:
+        served.append(model)
+        return ErringOracle(style="trace", noise=0.7)
+
+    monkeypatch.setattr(refine_judge, "VllmJudge", serve)
+    training = replace(refine_judge.config(data / "base", tmp_path / "refine"), wandb="disabled")
+    last = refine_judge.refine(training, {"sft": 4, "dpo": 8}, render_pairs)
+    assert last == training.folder / "dpo" / "model" and finetuning.finished(training.folder / "dpo")
+    assert served == [str(training.folder / "sft" / "model")]
+    counts = json.loads((training.folder / pairs.COUNTS).read_text())
+    assert (counts["instances"], counts["replies parsed"], counts["unanswered"]) == (8, 16, 0)
+    assert counts["pairs"] == counts[pairs.ONE_RIGHT] >= 2  # traces that both name the winner are the same text here
+    (logged,) = finetuning.read_metrics(training.folder / "dpo")
+    assert logged["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert refine_judge.refine(training, {"sft": 4, "dpo": 8}, render_pairs) == last and len(served) == 1
 
 
 # ---------------------------------------------------------------- what is refused, and the recipes
