@@ -11,7 +11,7 @@ import socket
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import ray
+from ray.exceptions import ObjectLostError
 
 from grpo_flex import verdicts
 from grpo_flex.broadcast import Broken, Circle, Member
@@ -118,17 +119,29 @@ class LearnerActor:
     def begin(self, batch: UpdateBatch, of: int, step: int) -> None:
         """A head start on the update of ``of`` groups, with the first ones of them."""
         own = [i for i in self.learner.shares(of)[0].own if i < len(batch.groups)]
-        self.learner.begin(self._fetch(batch, own), batch.advantages, of, step)
+        with suppress(ObjectLostError):  # the update needs them too, and says so
+            self.learner.begin(self._fetch(batch, own, self.learner.sharded), batch.advantages, of, step)
 
     @_two
     def update(self, batch: UpdateBatch, step: int) -> tuple[UpdateResult, dict[str, Any] | None]:
         """(result, rank 0's state after it)."""
         own = sorted({i for share in self.learner.shares(len(batch.groups)) for i in [*share.own, *share.filling]})
-        result = self.learner.update(self._fetch(batch, own), batch.advantages, step)
+        result = self.learner.update(self._fetch(batch, own, True), batch.advantages, step)
         return result, self.state() if self.config.adapter.state_each_step else None
 
-    def _fetch(self, batch: UpdateBatch, own: Sequence[int]) -> dict[int, RolloutGroup]:
-        groups = dict(zip(own, ray.get([batch.groups[i] for i in own]), strict=True))
+    def _fetch(self, batch: UpdateBatch, own: Sequence[int], alike: bool) -> dict[int, RolloutGroup]:
+        """The groups of those indices.
+
+        Args:
+            alike: the ranks are about to compute together, so if one of them misses a group, all have to raise.
+
+        Raises:
+            ObjectLostError: a group is lost with its node. Nothing has been computed.
+        """
+        found, lost = _get([batch.groups[i] for i in own])
+        for name in filter(None, self.ranks.gather(lost) if alike else [lost]):
+            raise ObjectLostError(name, None, "")
+        groups = dict(zip(own, found, strict=True))
         for group in groups.values():
             behind = self.learner.version - group.policy_version
             _check_age(behind, self.config.sampling.lookahead, f"version {self.learner.version} is to learn from")
@@ -240,11 +253,16 @@ class ScorerActor:
         self.scorer = scorer
 
     def load(self) -> None:
+        _ = self._loaded
+
+    @cached_property
+    def _loaded(self) -> None:
         load: Any = getattr(self.scorer, "load", None)
         if load is not None:
             load()
 
     def score(self, group: RolloutGroup) -> list[Verdict]:
+        self.load()  # one that Ray has started again was not asked to
         return score_group(self.scorer, group.media_G, group.prompt)
 
 
@@ -300,6 +318,14 @@ class JudgeActor(Scribe):
 
 def _timed(groups: Sequence[RolloutGroup]) -> tuple[float | RolloutGroup, ...]:
     return sum(group.seconds for group in groups), *groups
+
+
+def _get(refs: Sequence[Any]) -> tuple[list[Any], str]:
+    """All of them, or the id of one that is lost."""
+    try:
+        return ray.get(list(refs)), ""
+    except ObjectLostError as error:
+        return [], error.object_ref_hex
 
 
 def _check_age(updates: int, bound: int, what: str) -> None:

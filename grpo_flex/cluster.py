@@ -9,7 +9,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -40,21 +40,29 @@ _STATES = {"ALIVE": "alive", "RESTARTING": "restarting", "DEAD": "dead"}
 PREPARED_TOGETHER = 64
 """Prompts of one call to a worker: few enough to be encoded long before it would be taken for hung."""
 
+REVIVED: dict[str, Any] = {"max_restarts": 5, "max_task_retries": 5}
+"""Ray's options for an actor that Ray itself starts again: its calls are made again too, so they have to bear that."""
+
 Resources = dict[str, float]
 """What one process asks for, e.g. {"CPU": 1.0, "GPU": 1.0}; without what it does not need."""
 
 
 class Cluster:
-    """The actors of one run. Use as a context manager: leaving it stops them, and leaves Ray (or stops it, if it is local)."""
+    """The actors of one run. Use as a context manager: leaving it stops them, and leaves Ray (or stops it, if it is local).
 
-    def __init__(self, config: RunConfig, run_dir: Path, endpoints: tuple[str, ...]) -> None:
+    Args:
+        endpoints: where the judge is asked.
+        gpus: those that a local cluster is to have; empty: all that it finds.
+    """
+
+    def __init__(self, config: RunConfig, run_dir: Path, endpoints: tuple[str, ...], gpus: Sequence[str] = ()) -> None:
         self.config = config
         self.say: Callable[[str], None] = lambda text: None
         """Where to tell a person that a process was lost or joined."""
         self.stopping: Callable[[], bool] = lambda: False
         """Whether the run is being stopped, so that nobody is to be started again."""
         place = config.placement
-        local = connect(config)
+        local = connect(config, gpus)
         try:
             self._bundles = seats(config)
             self._group = reserve(self._bundles, 0.0 if local else place.wait_s)
@@ -64,7 +72,7 @@ class Cluster:
         self._judge = _start_judge(config.judge, endpoints, str((run_dir / verdicts.FILE_NAME).resolve()))
         scorer: Any = ray.remote(ScorerActor)
         self._scorers = {
-            label(s): scorer.options(max_restarts=5, max_task_retries=5, **self._seat(label(s))).remote(
+            label(s): scorer.options(**REVIVED, **self._seat(label(s))).remote(
                 s, place.threads_per_worker, place.scorer_gpus
             )
             for s in config.scorers
@@ -117,8 +125,7 @@ class Cluster:
 
     def _prompts_together(self) -> int:
         asked = self._fleet.submit("together")
-        self._fleet.wait([asked])
-        return cast("int", ray.get(asked.result))
+        return cast("int", self._fleet.fetch(asked))
 
     def prepare(self, prompts: Sequence[Prompt]) -> None:
         """Check all prompts of the run, and encode them where encodings are kept; the workers share it out.
@@ -170,6 +177,10 @@ class Cluster:
         """Until all groups are there; ``look`` is called about twice a second."""
         self._fleet.wait(jobs, look)
 
+    def again(self, jobs: Iterable[Job]) -> list[Job]:
+        """Sample once more what was complete and is lost with its node; those jobs."""
+        return self._fleet.again(jobs)
+
     def tend(self) -> None:
         """Start lost workers again and give their work to others; let new ones join."""
         self._fleet.tend()
@@ -216,7 +227,7 @@ class Cluster:
         jobs = [self._submit("evaluate", adapter, chunk) for chunk in chunks]
         self._fleet.wait(jobs)
         for job in jobs:
-            yield from ray.get(job.result)
+            yield from self._fleet.fetch(job)
 
     def begin(self, batch: UpdateBatch, of: int, step: int) -> None:
         """Let the learners begin the update of a step with those of its ``of`` groups that are complete."""
@@ -335,6 +346,10 @@ def seats(config: RunConfig) -> dict[str, Resources]:
     return learners | rollout | {label(s): _asks(place.scorer_cpus, place.scorer_gpus) for s in config.scorers}
 
 
+def in_all(seats: dict[str, Resources], kind: str) -> float:
+    return sum(asked.get(kind, 0.0) for asked in seats.values())
+
+
 def _learner_names(config: RunConfig) -> list[str]:
     count = config.placement.learners
     return ["learner"] if count == 1 else [f"learner-{rank}" for rank in range(count)]
@@ -383,7 +398,7 @@ def _too_little(wanted: dict[str, Resources]) -> str | None:
     """What the whole cluster lacks."""
     there = ray.cluster_resources()
     for kind in ("CPU", "GPU"):
-        needed = sum(asked.get(kind, 0.0) for asked in wanted.values())
+        needed = in_all(wanted, kind)
         if needed > there.get(kind, 0.0):
             parts = ", ".join(f"{name} {asked[kind]:g}" for name, asked in wanted.items() if kind in asked)
             return (
@@ -418,7 +433,7 @@ def _spell(resources: Resources) -> str:
 def _start_judge(judge: Judge | None, endpoints: tuple[str, ...], verdict_path: str) -> Any:
     """The judge client's actor, or the one that only keeps the scorers' verdicts; where the run's directory is."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": here}
+    options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": here, **REVIVED}
     if judge is None:
         scribe: Any = ray.remote(Scribe).options(**options)
         return scribe.remote(verdict_path)
@@ -455,8 +470,8 @@ def _listens(address: str, timeout_s: float = 5.0) -> bool:
         return False
 
 
-def connect(config: RunConfig) -> bool:
-    """Join the announced Ray cluster, or start a local one; True if it is ours to shut down."""
+def connect(config: RunConfig, gpus: Sequence[str] = ()) -> bool:
+    """Join the announced Ray cluster, or start a local one, with these GPUs or all; True if it is ours to shut down."""
     address = config.placement.ray_address or os.environ.get("RAY_ADDRESS", "")
     if address:
         if not _listens(address):  # Ray itself goes on trying for minutes
@@ -472,8 +487,26 @@ def connect(config: RunConfig) -> bool:
                 "RAY_AUTH_MODE=token here too; see docs/cluster.md"
             ) from error
         return False
-    needed = sum(asked.get("CPU", 0.0) for asked in seats(config).values())
     # Rollout and update take turns on a small machine, so logical CPUs may exceed the real ones.
-    cpus = max(os.cpu_count() or 1, int(needed + 0.999))
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    cpus = max(os.cpu_count() or 1, int(in_all(seats(config), "CPU") + 0.999))
+    with _seeing(gpus):
+        ray.init(
+            address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False
+        )
     return True
+
+
+@contextmanager
+def _seeing(gpus: Sequence[str]) -> Iterator[None]:
+    """What is started meanwhile sees these GPUs alone; all, where there are none of them."""
+    name = "CUDA_VISIBLE_DEVICES"
+    before = os.environ.get(name)
+    if gpus:
+        os.environ[name] = ",".join(gpus)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[name] = before
+        elif gpus:
+            del os.environ[name]

@@ -17,6 +17,7 @@ from grpo_flex.metrics import Row, check_run, curve, headline_key, keys_of, read
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+    from rich.text import Text
 
 STATUS = "status.json"
 STATUS_EVERY = 1.0
@@ -56,6 +57,8 @@ class Console:
         self._total, self._done, self._name = total_steps, start_step, name
         self._phase, self._since = "starting", time.time()
         self._shown: dict[str, float] = {}
+        self._states: dict[str, dict[str, Any]] = {"workers": {}, "judge": {}}
+        self._run_dir = None if run_dir is None else Path(run_dir)
         self._clock = clock
         # One mark more than there are steps between them; the first is when training began.
         self._marks: deque[float] = deque([clock()], maxlen=RECENT + 1)
@@ -99,12 +102,12 @@ class Console:
         self._view.note(text)
 
     def workers(self, states: Mapping[str, str]) -> None:
-        """Worker -> state, for ``status``."""
-        self._save(workers=dict(states))
+        """Worker -> state, for ``status``; the bar names those that are not just "alive"."""
+        self._notice(workers=dict(states))
 
     def judge(self, health: Mapping[str, Any]) -> None:
-        """Endpoint -> what is known of it, for ``status``."""
-        self._save(judge=dict(health))
+        """Endpoint -> what is known of it, for ``status``; the bar names those that are not "healthy"."""
+        self._notice(judge=dict(health))
 
     # What the views read.
 
@@ -140,6 +143,31 @@ class Console:
             "eta": "" if eta is None else duration(eta),
         }
 
+    @property
+    def pace(self) -> str:
+        """Seconds of a step and of its phases, and the last checkpoint: what the bar's second line ends with."""
+        seconds = self.seconds_per_step
+        phases = phase_seconds(self._shown)
+        parts = [f"{seconds:.1f} s a step"] if seconds is not None else []
+        parts += [" · ".join(f"{name} {value:.1f} s" for name, value in phases.items())] if phases else []
+        last = None if self._run_dir is None else last_checkpoint(self._run_dir)
+        parts += [f"checkpoint of step {last[0]}"] if last else []
+        return "  ".join(parts)
+
+    @property
+    def troubles(self) -> str:
+        """Processes that are not there or were started again, and endpoints of the judge that are not asked."""
+        found = [f"{name} {what}" for name, what in self._states["workers"].items() if what != "alive"]
+        found += [f"judge {url} away" for url, what in self._states["judge"].items() if "healthy" not in str(what)]
+        return "  ".join(found)
+
+    def _notice(self, **states: dict[str, Any]) -> None:
+        before = self.troubles
+        self._states |= states
+        if self.troubles != before:
+            self._view.refresh(self)
+        self._save(**states)
+
     def _enter(self, phase: str) -> None:
         self._phase, self._since = phase, time.time()
 
@@ -171,33 +199,52 @@ def _view(out: TextIO, clock: Callable[[], float]) -> _Bar | _Lines:
 
 
 class _Bar:
-    """rich's progress bar."""
+    """rich's progress bar, and below it a line on pace and checkpoint, and on what is not well."""
 
     def __init__(self, out: TextIO):
-        self._progress = _progress(out)
+        from rich.console import Console as Terminal
+        from rich.console import Group
+        from rich.live import Live
+        from rich.text import Text
+
+        self._progress = _progress()
+        self._below = Text()
+        self._live = Live(
+            get_renderable=lambda: Group(self._progress, self._below), console=Terminal(file=out), refresh_per_second=4
+        )
 
     def start(self, console: Console) -> None:
         fields: dict[str, Any] = console.fields()
         self._task = self._progress.add_task("", total=console.total, completed=console.done, **fields)
-        self._progress.start()
+        self._live.start()
 
     def refresh(self, console: Console) -> None:
         fields: dict[str, Any] = console.fields()
         self._progress.update(self._task, completed=console.done, **fields)
+        self._below = _below(console.troubles, console.pace)
 
     def step(self, console: Console, numbers: Mapping[str, float]) -> None:
         self.refresh(console)
 
     def note(self, text: str) -> None:
-        self._progress.console.print(text, markup=False, highlight=False)
+        self._live.console.print(text, markup=False, highlight=False)
 
     def stop(self, console: Console) -> None:
         self.refresh(console)
-        self._progress.stop()
+        self._live.stop()
 
 
-def _progress(out: TextIO) -> Progress:
-    from rich.console import Console as Terminal
+def _below(troubles: str, pace: str) -> Text:
+    """Troubles come first: the line ends where the terminal does."""
+    from rich.text import Text
+
+    parts = [Text(troubles, "yellow"), Text(pace, "dim")]
+    line = Text("  ").join(part for part in parts if part)
+    line.no_wrap, line.overflow = True, "ellipsis"
+    return line
+
+
+def _progress() -> Progress:
     from rich.progress import BarColumn, Progress, TextColumn
 
     return Progress(
@@ -208,9 +255,7 @@ def _progress(out: TextIO) -> Progress:
         TextColumn("reward {task.fields[reward]}"),
         TextColumn("held-out [bold green]{task.fields[heldout]}"),
         TextColumn("[dim]{task.fields[eta]}"),
-        console=Terminal(file=out),
         expand=True,
-        refresh_per_second=4,
     )
 
 
@@ -415,7 +460,7 @@ def status(run_dir: str | Path, out: TextIO | None = None) -> None:
     if state.get("eta_s") and _alive(state) is not False:
         lines.append(("ETA", duration(state["eta_s"])))
     lines += [("held-out", text) for text in _before_after(rows)]
-    lines.append(("checkpoint", _last_checkpoint(run_dir)))
+    lines.append(("checkpoint", str(last[1]) if (last := last_checkpoint(run_dir)) else "none yet"))
     lines += _mirror_lines(run_dir)
     lines += [("worker", f"{name}: {what}") for name, what in state.get("workers", {}).items()]
     lines += [("judge", f"{name}: {what}") for name, what in state.get("judge", {}).items()]
@@ -465,13 +510,14 @@ def _ago(moment: float) -> str:
     return f"{duration(max(0.0, time.time() - moment))} ago"
 
 
-def _last_checkpoint(run_dir: Path) -> str:
+def last_checkpoint(run_dir: Path) -> tuple[int, Path] | None:
+    """(step, folder) of the newest."""
     numbered = [
         (int(path.name.removeprefix("step_")), path)
         for path in (run_dir / "checkpoints").glob("step_*")
         if path.name.removeprefix("step_").isdigit()
     ]
-    return str(max(numbered)[1]) if numbered else "none yet"
+    return max(numbered, default=None)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The rollout workers: calls are dealt out among those that are there, and again when a worker is lost.
+"""The rollout workers: calls are dealt out among those that are there, and again when a worker or a result is lost.
 
 What a call gives depends on its arguments alone, never on the worker, so that it may be repeated anywhere.
 """
@@ -6,12 +6,12 @@ What a call gives depends on its arguments alone, never on the worker, so that i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from grpo_flex.types import Adapter, Role
 
@@ -141,6 +141,26 @@ class Fleet:
             look()  # before lost workers are started again: the run may have been asked to end
             self.tend()
 
+    def again(self, jobs: Iterable[Job]) -> list[Job]:
+        """Deal out once more those that were done and whose results are lost with the node that had them; which ones.
+
+        Every result is brought to this node to see, so ask only when one of them turned out to be lost.
+        """
+        lost = [job for job in jobs if job.done and any(map(_is_lost, job.results))]
+        for job in lost:
+            job.done = False
+            self._deal(job)
+        return lost
+
+    def fetch(self, job: Job) -> Any:
+        """The only result, once it is there; made again if it is lost before."""
+        while True:
+            self.wait([job])
+            try:
+                return ray.get(job.result)
+            except ObjectLostError:
+                self.again([job])
+
     def free(self) -> list[Worker]:
         """Those that have loaded their model and have nothing to do."""
         return [worker for worker in self.workers.values() if worker.loading is None and not worker.jobs]
@@ -230,3 +250,11 @@ class Fleet:
 
 def _is_there(ref: Any) -> bool:
     return bool(ray.wait([ref], timeout=0, fetch_local=False)[0])
+
+
+def _is_lost(ref: Any) -> bool:
+    try:
+        ray.get(ref)
+    except ObjectLostError:
+        return True
+    return False

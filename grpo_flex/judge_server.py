@@ -38,6 +38,11 @@ class JudgeServer:
         self._handle.stop()
 
     @property
+    def gpus(self) -> tuple[tuple[str, ...], ...]:
+        """This machine's GPUs that the judge has, for each endpoint; empty where the handle names none."""
+        return tuple(getattr(self._handle, "gpus", ()))
+
+    @property
     def ended(self) -> bool:
         """Whether its process has ended; a handle that cannot tell (no ``alive()``) is taken to live."""
         alive = getattr(self._handle, "alive", None)

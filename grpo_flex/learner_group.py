@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
 from grpo_flex.broadcast import Circle
 from grpo_flex.types import Adapter, UpdateBatch, UpdateResult
@@ -19,8 +19,16 @@ GRACE_S = 10.0
 """When a learner fails, another's death may be why; so long it is waited for to show."""
 
 
+START_S = 1800.0
+"""Learners that died may take so long to start again: models are large, and a node may have to come back first."""
+
+
 class Hung(RayError):
     """Learners that took longer than ``placement.update_timeout_s``."""
+
+
+class StateLost(RayError):
+    """Nobody has the newest state any more, so there is nothing to start learners again from."""
 
 
 class LearnerGroup:
@@ -50,12 +58,16 @@ class LearnerGroup:
         self.restarts = 0
         self.actors = [start(rank) for rank in range(size)]
 
-    def meet(self) -> None:
-        """Let the ranks find each other, load their models and take up the newest state."""
+    def meet(self, within_s: float | None = None) -> None:
+        """Let the ranks find each other, load their models and take up the newest state.
+
+        Raises:
+            GetTimeoutError: one of these steps took longer.
+        """
         if self._size > 1:
-            address = ray.get(self.actors[0].address.remote())
-            ray.get([actor.join.remote(address) for actor in self.actors])
-        ray.get([actor.ready.remote() for actor in self.actors])
+            address = ray.get(self.actors[0].address.remote(), timeout=within_s)
+            ray.get([actor.join.remote(address) for actor in self.actors], timeout=within_s)
+        ray.get([actor.ready.remote() for actor in self.actors], timeout=within_s)
         if self._state is not None:
             ray.get([actor.load_state.remote(self._state) for actor in self.actors])
 
@@ -131,10 +143,16 @@ class LearnerGroup:
                 self._restore(error)
 
     def _restore(self, reason: RayActorError | Hung) -> None:
-        """End all learners and start them again from the newest state, as often as it takes."""
+        """End all learners and start them again from the newest state, as often as it takes.
+
+        Raises:
+            RayActorError, Hung: the reason, where they are not to be started again; Hung also where they cannot be.
+            StateLost: their node was lost, and the state with it.
+        """
         while True:
             if self._left == 0 or self._stopping() or not self._keeps:
                 raise reason
+            self._reach_state()
             self._left, self.restarts, self._begun = self._left - 1, self.restarts + 1, []
             what = "hangs" if isinstance(reason, Hung) else "died"
             self._say(f"a learner {what}; starting again from the last completed step")
@@ -142,9 +160,21 @@ class LearnerGroup:
                 ray.kill(actor)
             self.actors = [self._start(rank) for rank in range(self._size)]
             try:
-                return self.meet()
+                return self.meet(START_S)
             except RayActorError as error:
                 reason = error
+            except GetTimeoutError:
+                raise Hung(
+                    f"learners could not be started for {START_S:g} s; is there still a node with room for them?"
+                ) from reason
+
+    def _reach_state(self) -> None:
+        """Bring the newest state, if there is one yet, to this node: learners may have to start on another one."""
+        try:
+            if self._state is not None:
+                ray.get(self._state)
+        except ObjectLostError as error:
+            raise StateLost("the learners' newest state is lost with its node") from error
 
 
 def _all(refs: Sequence[ray.ObjectRef[T]], timeout_s: float) -> list[T]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from grpo_flex.config import ConfigError, RunConfig
 
@@ -22,8 +22,7 @@ def check_room(config: RunConfig, say: Callable[[str], None]) -> None:
     from grpo_flex.plan import make_plan
 
     place = config.placement
-    elsewhere = place.ray_address or os.environ.get("RAY_ADDRESS")
-    if elsewhere or not (place.rollout_gpus or place.learner_gpus):
+    if _elsewhere(config) or not (place.rollout_gpus or place.learner_gpus):
         return
     memory = smallest_gpu()
     if not memory:
@@ -47,10 +46,49 @@ def check_room(config: RunConfig, say: Callable[[str], None]) -> None:
 
 
 def smallest_gpu() -> int:
-    """Bytes of the GPU with the least memory; 0 where there is none. Asks the driver, so that no CUDA context is made."""
-    asked = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    """Bytes of the GPU with the least memory; 0 where there is none."""
     try:
-        said = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout
-        return min(int(line) for line in said.split()) * MIB
-    except (OSError, subprocess.SubprocessError, ValueError):
+        return min(map(int, _of_each_gpu("memory.total")), default=0) * MIB
+    except ValueError:
         return 0
+
+
+def visible_gpus() -> list[str]:
+    """Those that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return _of_each_gpu("index") if given is None else [part.strip() for part in given.split(",") if part.strip()]
+
+
+def apart(config: RunConfig, taken: Sequence[str], needed: float, say: Callable[[str], None]) -> list[str]:
+    """The GPUs that a local Ray cluster is to have, beside a judge that has taken some; empty: all that it finds.
+
+    Says so where the same GPU may be given to both.
+
+    Args:
+        needed: GPUs that the run asks for.
+    """
+    if not (taken and needed):
+        return []
+    others = [gpu for gpu in visible_gpus() if gpu not in taken]
+    if not _elsewhere(config) and needed <= len(others):
+        return others
+    say(
+        f"warning: the judge that this run started has GPU {', '.join(taken)} of this machine, and Ray may give them to "
+        "workers and learners too; if they do not fit there together, leave the run enough others, or host the judge "
+        "elsewhere (judge.endpoints)"
+    )
+    return []
+
+
+def _elsewhere(config: RunConfig) -> str:
+    """Address of the Ray cluster that the run joins, if it starts none."""
+    return config.placement.ray_address or os.environ.get("RAY_ADDRESS", "")
+
+
+def _of_each_gpu(what: str) -> list[str]:
+    """Asks the driver, so that no CUDA context is made; nothing where there is no GPU."""
+    asked = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return []

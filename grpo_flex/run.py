@@ -21,7 +21,7 @@ from grpo_flex.generators.encodings import report
 from grpo_flex.mirror import Mirror
 from grpo_flex.overrides import override
 from grpo_flex.prompts import PromptStream, fingerprint, read_prompts
-from grpo_flex.room import check_room
+from grpo_flex.room import apart, check_room
 from grpo_flex.types import Adapter
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def _assemble(
     basis: Mapping[str, str],
 ) -> Trainer:
     """Start everything; the stack stops it again in reverse order. Heavy imports happen here."""
-    from grpo_flex.cluster import Cluster
+    from grpo_flex.cluster import Cluster, in_all, seats
     from grpo_flex.console import Console
     from grpo_flex.metrics import RunLog
     from grpo_flex.pictures import fps_of
@@ -164,7 +164,9 @@ def _assemble(
 
     server = stack.enter_context(_judge_server(config.judge, run_dir))
     endpoints = _check_judge(config.judge, server)
-    cluster = stack.enter_context(Cluster(config, run_dir, endpoints))
+    taken = server.gpus if server else ()
+    left = apart(config, [gpu for gpus in taken for gpu in gpus], in_all(seats(config), "GPU"), _say)
+    cluster = stack.enter_context(Cluster(config, run_dir, endpoints, left))
     cluster.wait_until_ready()
     cluster.prepare([*prompts.prompts, *heldout])
     if kept := config.generator.memory.encodings:
@@ -176,7 +178,8 @@ def _assemble(
     log = stack.enter_context(RunLog(run_dir, config, done if state else None, fps_of(config.generator)))
     console = stack.enter_context(Console(config.steps, done, run_dir.name, run_dir=run_dir))
     cluster.say = console.note
-    _show_seating(cluster, endpoints, run_dir, console)
+    judges = dict(zip(endpoints, taken or [()] * len(endpoints), strict=True))
+    _show_seating(cluster, judges, run_dir, console)
     ahead = [Adapter(version=version, tensors=tensors) for version, tensors in (state or {}).get("ahead", ())]
     return Trainer(
         config, cluster, log, console,
@@ -184,9 +187,10 @@ def _assemble(
     )  # fmt: skip
 
 
-def _show_seating(cluster: Cluster, endpoints: Sequence[str], run_dir: Path, console: Console) -> None:
-    """Print who sits where, and keep it in placement.txt."""
-    rows = [("process", "node", "reserved"), *cluster.seating(), *(("judge", url, "-") for url in endpoints)]
+def _show_seating(cluster: Cluster, judges: Mapping[str, Sequence[str]], run_dir: Path, console: Console) -> None:
+    """Print who sits where, and keep it in placement.txt; ``judges``: what is known of each endpoint's GPUs."""
+    rows = [("process", "node", "reserved"), *cluster.seating()]
+    rows += [("judge", url, f"GPU {', '.join(gpus)}, beside Ray" if gpus else "-") for url, gpus in judges.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     table = "\n".join("  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip() for row in rows)
     (run_dir / "placement.txt").write_text(table + "\n")
@@ -251,11 +255,13 @@ def _saved(trainer: Trainer) -> bool:
 
 def _failure(trainer: Trainer, error: RayError | OSError) -> ValueError:
     """What the user is told of what ended the run; the completed steps are saved where that is possible."""
-    from ray.exceptions import RayError, RayTaskError
+    from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
     cause = error.cause if isinstance(error, RayTaskError) else error
     died = isinstance(cause, RayError)
     what = f"a process of the run died: {_first_line(cause)}" if died else f"{type(cause).__name__}: {cause}"
+    if isinstance(cause, ObjectLostError):
+        what = "a node has ended with something on it that nobody else has: an adapter, or the learners' newest state"
     return ValueError(f"{what}\n{_kept(trainer)}")
 
 
@@ -388,6 +394,7 @@ _QUIET = {
     "DIFFUSERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "RAY_DEDUP_LOGS": "0",
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of a call that is made again; all others are raised where they are waited for
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray announces a coming change of this default on every start
     "WANDB_SILENT": "true",
 }

@@ -7,7 +7,7 @@ import signal
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
+from ray.exceptions import ObjectLostError, RayError
 
 from grpo_flex import checkpoint
 from grpo_flex.cluster import Cluster
@@ -120,10 +121,7 @@ class Trainer:
             self.console.step(0, numbers)
         while self.step < self.config.steps:
             began, self._seconds, self._outage = time.perf_counter(), {}, {}
-            flight = self.rollout()
-            verdicts = self.judge(flight)
-            scores = self.score(flight)
-            numbers = self.learn(flight, verdicts, scores)
+            numbers = self.take_step()
             self._adapters.append(self.cluster.publish())
             self.step += 1
             self._flights.popleft()
@@ -142,6 +140,21 @@ class Trainer:
                 return
 
     # ------------------------------------------------------------ phases
+
+    def take_step(self) -> dict[str, float]:
+        """From prompts to the update; again with the same groups where a node has taken some along."""
+        while True:
+            try:
+                flight = self.rollout()
+                verdicts = self.judge(flight)
+                scores = self.score(flight)
+                return self.learn(flight, verdicts, scores)
+            except ObjectLostError:
+                jobs = dict.fromkeys(job for flight in self._flights for job in flight.jobs)
+                if not (lost := self.cluster.again(jobs)):
+                    raise  # an adapter, or the learners' state
+                groups = sum(len(job.results) for job in lost)
+                self.console.note(f"step {self.step + 1}: {groups} groups lost with their node; sampling again")
 
     def rollout(self) -> Flight:
         """The groups of the present step; those of the next ``sampling.lookahead`` steps go on in the meantime."""
@@ -164,7 +177,8 @@ class Trainer:
                 what = f"{len(missing)} of {len(verdicts)} groups lack verdicts{_mostly(verdicts)}"
                 self._hold_for_judge(time.monotonic() - away_since, what)
                 self._count("asked_again", sum(v.status != "ok" for i in missing for v in verdicts[i]))
-                again = self._get([self._ask(flight, i, flight.groups[i], verdicts[i]) for i in missing])
+                flight.asked |= {i: self._ask(flight, i, flight.groups[i], verdicts[i]) for i in missing}
+                again = self._get([flight.asked[i] for i in missing])
                 for i, verdict in zip(missing, again, strict=True):
                     verdicts[i] = verdict
             self._count("away_s", time.monotonic() - away_since if away_since else 0.0)
@@ -175,10 +189,7 @@ class Trainer:
         if not self.config.scorers:
             return [[] for _ in flight.prompts]
         with self._phase("score"):
-            given = [[v for said in self._get(flight.scoring[i]) for v in said] for i in range(len(flight.prompts))]
-            pairs = zip(flight.prompts, given, strict=True)
-            self._get([self.cluster.record(flight.step, prompt, verdicts) for prompt, verdicts in pairs])
-        return given
+            return [[v for said in self._get(flight.scoring[i]) for v in said] for i in range(len(flight.prompts))]
 
     def learn(
         self, flight: Flight, verdicts: Sequence[Sequence[Verdict]], scores: Sequence[Sequence[Verdict]]
@@ -200,6 +211,9 @@ class Trainer:
         with self._phase("update"):
             batch = UpdateBatch(groups=tuple(groups), advantages=tuple(given.values()))
             result = self.cluster.update(batch, self.step)
+            if self.config.scorers:  # not before, for a step that is taken again scores again
+                about = zip(flight.prompts, scores, strict=True)
+                ray.get([self.cluster.record(flight.step, prompt, score) for prompt, score in about])
         self._example = (groups[usable[0]], rewarded[0], said[0])
         numbers["perf/early_groups"] = float(len(flight.begun))
         numbers |= reward_metrics(rewarded) | judge_metrics(verdicts) | scorer_metrics(scores)
@@ -242,13 +256,20 @@ class Trainer:
         """One group of the step in W&B's table: prompt, picture, reward and what the judge said."""
         if self._example:
             group, rewarded, verdicts = self._example
-            self.log.verdict_table(self.step, verdict_rows(ray.get(group), rewarded, verdicts))
+            with suppress(ObjectLostError):  # only for a reader, and the step is done
+                self.log.verdict_table(self.step, verdict_rows(ray.get(group), rewarded, verdicts))
 
     def save(self, numbers: Mapping[str, float] | None = None) -> Path:
-        """Write a checkpoint of the completed steps; ``numbers`` are those of the last one."""
+        """Write a checkpoint of the completed steps; ``numbers`` are those of the last one.
+
+        A step is complete with its update: if what comes after it fails, ``step`` is set to what the learners' state says.
+        """
         self.console.phase("save")
         state, config = self.cluster.learner_state(), self.config.checkpoint
-        older: list[Any] = list(self._adapters)[:-1]  # references: with a broadcast there are no older ones
+        late = int(state["version"]) - self.step
+        self.step += late
+        # References: with a broadcast there are no older ones. The newest update's own adapter may not be there yet.
+        older: list[Any] = list(self._adapters)[late:][: self.config.sampling.lookahead]
         ahead: list[Adapter] = ray.get(older)
         state |= {"ahead": [(a.version, dict(a.tensors)) for a in ahead], "basis": self.basis}
         score = (numbers or {}).get(headline_key([dict(numbers or {})]) or "")
@@ -289,11 +310,13 @@ class Trainer:
         return flight
 
     def _ask_about(self, flight: Flight, first: int, *groups: GroupRef) -> None:
-        """Judge and scorers begin with a group as soon as it exists; anew where it has to be sampled again."""
+        """Judge and scorers begin with a group as soon as it exists. One that is sampled again is the same: they are asked
+        anew unless they have answered."""
         for i, group in enumerate(groups, first):
-            if self.config.judge is not None:
+            if self.config.judge is not None and not _answered([flight.asked[i]] if i in flight.asked else []):
                 flight.asked[i] = self._ask(flight, i, group)
-            flight.scoring[i] = self.cluster.score(group)
+            if not _answered(flight.scoring.get(i, [])):
+                flight.scoring[i] = self.cluster.score(group)
 
     def _ask(
         self, flight: Flight, i: int, group: GroupRef, previous: Sequence[Verdict] = ()
@@ -429,6 +452,16 @@ class Trainer:
         began = time.perf_counter()
         yield
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
+
+
+def _answered(refs: Sequence[Any]) -> bool:
+    """Whether there are any, and all of them are there and no errors."""
+    if not refs or ray.wait(list(refs), num_returns=len(refs), timeout=0)[1]:
+        return False
+    try:
+        return bool(ray.get(list(refs)))
+    except RayError:
+        return False
 
 
 def _mostly(verdicts: Sequence[Sequence[Verdict]]) -> str:

@@ -142,12 +142,14 @@ class Hosted(Protocol):
 
 
 class RunningJudge:
-    """Started servers: ``endpoints``, ``pid``, ``alive()`` and ``stop()``; also a context manager."""
+    """Started servers: ``endpoints``, ``gpus``, ``pid``, ``alive()`` and ``stop()``; also a context manager."""
 
-    def __init__(self, kept: Sequence[Kept], endpoints: Sequence[str]) -> None:
+    def __init__(self, kept: Sequence[Kept], endpoints: Sequence[str], gpus: Sequence[Sequence[str]] = ()) -> None:
         self._kept = list(kept)
         self._told: set[int] = set()
         self.endpoints = tuple(endpoints)
+        self.gpus = tuple(map(tuple, gpus))
+        """Of this machine, for each endpoint; empty where Ray deals them out."""
         self.pids = tuple(k.pid for k in kept)
         """The keepers'; each ends its server when it is told to end."""
         self.pid = self.pids[0]
@@ -269,7 +271,7 @@ def start_here(judge: VllmJudge, log_dir: Path) -> RunningJudge:
         for replica in replicas:
             replica.wait(deadline)
         started.pop_all()
-    return RunningJudge([r.kept for r in replicas], [r.endpoint for r in replicas])
+    return RunningJudge([r.kept for r in replicas], [r.endpoint for r in replicas], shares)
 
 
 class Replica:

@@ -25,7 +25,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def head() -> Iterator[str]:
     """The address of a Ray cluster of one node, which outlives its runs: joining it takes a fraction of starting one."""
     node = Raylets(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
-    yield node.address
+    yield str(node.address)
     node.shutdown()
 
 

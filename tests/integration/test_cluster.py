@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import ray
 from ray.cluster_utils import Cluster as Raylets
+from ray.exceptions import ObjectLostError
 
 from grpo_flex import cluster
 from grpo_flex.__main__ import main
 from grpo_flex.config import ConfigError, RunConfig
+from grpo_flex.fleet import Fleet
 from grpo_flex.metrics import read_metrics
 from grpo_flex.run import RESUME_ME
+from grpo_flex.train import Flight, Trainer
+from grpo_flex.verdicts import FILE_NAME, read_verdicts
 from tests.configs import judge_of, tiny_config
 from tests.integration.processes import descendants, experiment_file, rows, start_training, wait_for
 from tests.integration.test_outages import SLOW
 from tests.integration.test_run import numbers, refused
+from tests.unit.test_fleet import lost_with_its_node
 
 STEPS = 4
 
@@ -37,13 +45,14 @@ def raylets() -> Iterator[Raylets]:
     nodes.add_node(num_cpus=2)
     nodes.wait_for_nodes()
     yield nodes
+    ray.shutdown()  # of a test that has joined them
     nodes.shutdown()
 
 
 def test_where_processes_sit_and_that_one_dies_or_joins_does_not_show_in_the_numbers(
-    raylets: Raylets, tmp_path: Path
+    raylets: Raylets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Apart on two nodes, a third that joins, a learner that is killed: all as colocated on one node."""
+    """Apart on two nodes, a third that joins, a learner that is killed: all as colocated on one node that loses groups."""
     config = placed(tmp_path, ray_address=raylets.address, rollout_workers_max=3)
     config = replace(config, judge=replace(judge_of(config), server=SLOW))
     process = start_training(experiment_file(config, tmp_path))
@@ -63,9 +72,62 @@ def test_where_processes_sit_and_that_one_dies_or_joins_does_not_show_in_the_num
 
     other = tmp_path / "colocated"
     other.mkdir()
+    lost = losing_groups(monkeypatch)
     assert main(["train", experiment_file(placed(other, colocated=True), other)]) == 0
+    assert len(lost) == 2 and "step 2: 2 groups lost with their node; sampling again" in capsys.readouterr().out
     assert "rollout" not in (other / "runs" / "tiny" / "placement.txt").read_text()
     assert numbers(run_dir) == numbers(other / "runs" / "tiny")
+    assert questions(run_dir) == questions(other / "runs" / "tiny")  # what was answered was not asked again
+
+
+def losing_groups(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Just before its update the second step loses all groups, which the judge has seen; these groups."""
+    learn, lost = Trainer.learn, []
+
+    def learn_without(self: Trainer, flight: Flight, *given: Any) -> dict[str, float]:
+        if self.step == 1 and not lost:
+            lost.extend(flight.groups)
+            for job in flight.jobs:
+                job.results = [lost_with_its_node.remote() for _ in job.results]
+        return learn(self, flight, *given)
+
+    monkeypatch.setattr(Trainer, "learn", learn_without)
+    return lost
+
+
+def questions(run_dir: Path) -> Counter[tuple[Any, ...]]:
+    return Counter((e.step, e.prompt_id, e.verdict.members) for e in read_verdicts(run_dir / FILE_NAME))
+
+
+class Maker:
+    def ready(self) -> None: ...
+
+    @ray.method(num_returns=2)
+    def make(self, n: int) -> tuple[float, np.ndarray]:
+        """So much that it stays on its node until somebody fetches it."""
+        return 0.0, np.full(100_000, n)
+
+
+@ray.remote(num_cpus=0)
+def first_of(result: np.ndarray) -> int:
+    return int(result[0])
+
+
+def test_what_a_node_takes_along_is_made_again(raylets: Raylets) -> None:
+    doomed = raylets.add_node(num_cpus=1, resources={"doomed": 1})
+    ray.init(address=raylets.address, log_to_driver=False)
+    said: list[str] = []
+    maker: Any = ray.remote(Maker)
+    start = lambda _, lost: maker.options(num_cpus=0, resources={} if lost else {"doomed": 1}).remote()  # noqa: E731
+    fleet = Fleet(start, ["a"], timeout_s=60.0, restarts=1, say=said.append)
+    followed: list[Any] = []
+    job = fleet.submit("make", 7, follow=followed.append)
+    fleet.wait([job])
+    raylets.remove_node(doomed)
+    with pytest.raises(ObjectLostError):  # as the judge's call, a scorer's or a learner's
+        ray.get(first_of.remote(followed[0]))
+    assert fleet.fetch(job)[0] == ray.get(first_of.remote(followed[-1])) == 7
+    assert said == ["a died; starting it again"]
 
 
 @pytest.mark.usefixtures("joining")

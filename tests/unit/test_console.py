@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,27 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = out.getvalue()
     for part in ("shapes", "5/10", "judge", "reward 0.512", "0.610", "2 min 30 s", "the [judge] is away"):
         assert part in shown
+
+
+def test_below_the_bar_stand_pace_checkpoint_and_what_is_not_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "checkpoints" / "step_000004").mkdir(parents=True)
+    out, clock = Terminal(), Clock()
+    with Console(10, 4, "shapes", run_dir=tmp_path, out=out, clock=clock) as console:
+        clock.now += 30
+        console.step(5, {"perf/rollout_s": 20.0, "perf/update_s": 9.0, "perf/step_s": 30.0})
+        console.workers({"learner": "alive", "rollout-0": "alive"})
+        console.judge({"http://one/v1": "healthy, 3 in flight", "http://two/v1": "healthy, 0 in flight"})
+        assert console.troubles == ""
+        console.workers({"learner": "alive", "rollout-0": "alive, restarted once", "rollout-1": "restarting"})
+        console.judge({"http://one/v1": "healthy, 3 in flight", "http://two/v1": "open: nothing is sent to it"})
+    shown = out.getvalue()
+    troubles = "rollout-0 alive, restarted once  rollout-1 restarting  judge http://two/v1 away"
+    pace = "30.0 s a step  rollout 20.0 s · update 9.0 s  checkpoint of step 4"
+    assert f"{troubles}  {pace}" in re.sub(r"\x1b\[[\d;]*m", "", shown) and "http://one" not in shown
 
 
 def test_time_before_the_first_rollout_does_not_count_as_a_step() -> None:

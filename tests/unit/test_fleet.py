@@ -5,16 +5,23 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray._private.state import actors
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
+from grpo_flex import cluster as placing
+from grpo_flex.actors import ScorerActor
 from grpo_flex.fleet import Fleet, Stranded
-from grpo_flex.learner_group import LearnerGroup
-from grpo_flex.types import UpdateBatch, UpdateResult
+from grpo_flex.learner_group import LearnerGroup, StateLost
+from grpo_flex.types import Prompt, UpdateBatch, UpdateResult, Verdict
+from grpo_flex.verdicts import read_verdicts
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,6 +52,16 @@ class _Doubler:
         if n < 0:
             raise ValueError("a negative number")
         return 0.0, (2 * n, self.name)
+
+    @ray.method(num_returns=3)
+    def both(self, n: int) -> tuple[float, int, int]:
+        return 0.0, n, -n
+
+
+@ray.remote(num_cpus=0)
+def lost_with_its_node() -> Any:
+    """What Ray gives for a result of which no copy is left; a real one in ``tests/integration/test_cluster.py``."""
+    raise ObjectLostError("ab" * 28, None, "")
 
 
 def fleet_of(names: list[str], fates: dict[int, str], folder: Path, **options: Any) -> tuple[Fleet, list[str]]:
@@ -96,6 +113,62 @@ def test_one_that_joins_gets_work(tmp_path: Path) -> None:
     jobs = [fleet.submit("double", n) for n in range(4)]
     fleet.wait(jobs)
     assert {ray.get(job.result)[1] for job in jobs} == {"a", "b"} and said == ["b joins"]
+
+
+def test_results_that_are_lost_are_made_again(tmp_path: Path) -> None:
+    fleet, said = fleet_of(["a", "b"], {}, tmp_path)
+    told: dict[int, list[Any]] = {n: [] for n in range(3)}
+    jobs = [fleet.submit("both", n, follow=lambda *refs, n=n: told[n].append(refs), count=2) for n in range(3)]
+    fleet.wait(jobs)
+    assert fleet.again(jobs) == []
+    jobs[1].results[1] = lost_with_its_node.remote()
+    assert fleet.again(jobs) == [jobs[1]] and not jobs[1].done
+    fleet.wait(jobs)
+    assert [ray.get(job.results[1]) for job in jobs] == [0, -1, -2]
+    assert [len(told[n]) for n in range(3)] == [1, 2, 1] and list(told[1][1]) == jobs[1].results and said == []
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Mortal:
+    """A scorer that dies with the first group that it sees, and scores by what it has loaded."""
+
+    folder: str
+    name: str = "mortal"
+
+    def load(self) -> None:
+        os.environ["LOADED"] = "1"
+
+    def batch(self, media_G: list[np.ndarray], prompt: Prompt) -> list[dict[str, float]]:
+        if not (met := Path(self.folder) / "met").exists():
+            met.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [{"mean": float(media.mean()) * float(os.environ["LOADED"])} for media in media_G]
+
+    def __call__(self, media: np.ndarray, prompt: Prompt) -> dict[str, float]:
+        raise AssertionError("siblings are scored together")
+
+
+PROMPT = Prompt(id="p", text="a red circle")
+
+
+def test_a_scorer_that_dies_is_started_again_and_scores_what_it_was_given(tmp_path: Path) -> None:
+    group = SimpleNamespace(prompt=PROMPT, media_G=[np.full((1, 4, 4, 3), n, np.uint8) for n in (10, 30)])
+    actor: Any = ray.remote(ScorerActor)
+    scorer = actor.options(num_cpus=0, **placing.REVIVED).remote(_Mortal(folder=str(tmp_path)), 1, 0.0)
+    ray.get(scorer.load.remote())
+    given = ray.get(scorer.score.remote(group))
+    assert [(v.status, v.scores["mean"]) for v in given] == [("ok", (10.0,)), ("ok", (30.0,))]
+
+
+def test_the_keeper_of_the_verdicts_that_dies_goes_on_with_the_same_file(tmp_path: Path) -> None:
+    path = tmp_path / "verdicts.jsonl.gz"
+    scribe = placing._start_judge(None, (), str(path))
+    said = [Verdict(members=(0,), status="ok", scorer="mortal")]
+    ray.get(scribe.record.remote(0, PROMPT, said))
+    os.kill(actors()[scribe._actor_id.hex()]["Pid"], signal.SIGKILL)
+    ray.get(scribe.record.remote(1, PROMPT, said))
+    assert [entry.step for entry in read_verdicts(path)] == [1, 2]
+    assert actors()[scribe._actor_id.hex()]["NumRestarts"] == 1
 
 
 class _Adder:
@@ -161,6 +234,16 @@ def test_learners_that_die_once_too_often_leave_their_state(tmp_path: Path) -> N
     with pytest.raises(RayActorError):
         totals(group)
     assert group.state() == {"total": 3}
+
+
+def test_learners_whose_state_is_lost_with_them_are_not_started_again(tmp_path: Path) -> None:
+    group, said = group_of("dies", tmp_path)
+    for step in (1, 2):
+        group.update(NOTHING, step)
+    group._state = lost_with_its_node.remote()
+    with pytest.raises(StateLost, match="newest state is lost with its node"):
+        group.update(NOTHING, 3)
+    assert said == []
 
 
 def test_a_learner_that_fails_by_itself_is_an_error(tmp_path: Path) -> None:

@@ -48,6 +48,18 @@ def test_what_is_too_little_is_refused(on_gpus: RunConfig, monkeypatch: pytest.M
         room.check_room(on_gpus, print)
 
 
+def test_a_judge_keeps_its_gpus_where_the_run_can_do_with_the_others(
+    on_gpus: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 1,2")
+    heard: list[str] = []
+    assert room.apart(on_gpus, ["3"], 2.0, heard.append) == ["1", "2"] and heard == []
+    assert room.apart(on_gpus, [], 2.0, heard.append) == room.apart(on_gpus, ["3"], 0.0, heard.append) == []
+    assert room.apart(on_gpus, ["3"], 2.5, heard.append) == [] and "judge that this run started has GPU 3" in heard[0]
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")  # whose daemon on this machine knows nothing of the judge
+    assert room.apart(on_gpus, ["3"], 1.0, heard.append) == [] and len(heard) == 2
+
+
 def test_a_model_that_cannot_be_planned_stops_no_run(on_gpus: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuses(_: RunConfig) -> Plan:
         raise ConfigError("unknown")

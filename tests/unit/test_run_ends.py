@@ -8,12 +8,14 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from grpo_flex import checkpoint, run
-from grpo_flex.config import Adapter
+from grpo_flex.config import Adapter, Checkpoint
 from grpo_flex.judge_server import JudgeAway
 from grpo_flex.train import Interrupted, Starved, Trainer
+from grpo_flex.types import Adapter as Adapters
 
 DEAD = RayActorError()
 LOST = ObjectLostError("ab" * 28, cast(Any, None), "")
@@ -78,6 +80,28 @@ def test_a_signal_that_took_the_learner_along_leaves_the_last_checkpoint(tmp_pat
 def test_a_process_that_dies_by_itself_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a process of the run died(.|\n)*--resume"):
         end(Stand(tmp_path, DEAD))
+
+
+def test_what_is_lost_with_its_node_for_good_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a node has ended with something on it(.|\n)*--resume"):
+        end(Stand(tmp_path, RayTaskError("generate", "trace", LOST)))
+
+
+@pytest.mark.parametrize(("version", "ahead"), [(3, [1, 2]), (4, [2, 3])], ids=["in a step", "after its update"])
+def test_a_checkpoint_carries_the_step_that_the_learners_are_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int, ahead: list[int]
+) -> None:
+    """Even if something failed between an update and the end of its step."""
+    monkeypatch.setattr(ray, "get", lambda adapters: adapters)
+    trainer: Any = object.__new__(Trainer)
+    trainer.cluster = SimpleNamespace(learner_state=lambda: {"version": version})
+    trainer.config = SimpleNamespace(checkpoint=Checkpoint(), sampling=SimpleNamespace(lookahead=2))
+    trainer.console = SimpleNamespace(phase=lambda name: None)
+    trainer.log, trainer.mirror, trainer.basis = SimpleNamespace(run_dir=tmp_path), None, {}
+    trainer.step, trainer._adapters = 3, [Adapters(version=v, tensors={}) for v in (1, 2, 3)]
+    trainer.save()
+    step, state = checkpoint.load(tmp_path)
+    assert step == trainer.step == version and [v for v, _ in state["ahead"]] == ahead
 
 
 def test_a_task_that_fails_is_an_error_after_a_checkpoint(tmp_path: Path) -> None:
