@@ -66,7 +66,7 @@ def _experiment(words: list[str], first: Sequence[str] = ()) -> RunConfig:
 
 def _model(arguments: argparse.Namespace) -> list[str]:
     """--model PATH is short for generator.model=PATH."""
-    return [f"generator.model={arguments.model}"] if arguments.model else []
+    return [f"generator.model={arguments.model}"] if arguments.model is not None else []
 
 
 def _plan(arguments: argparse.Namespace) -> int:

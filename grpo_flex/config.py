@@ -10,13 +10,14 @@ walks the tree, gives every complaint its full dotted name and raises one ``Conf
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from grpo_flex.dynamics import Ode
 from grpo_flex.field_types import fits, hints, is_finite, is_part, spell
 from grpo_flex.pairing import PairPlan, RoundRobin
+from grpo_flex.reward_checks import reward_problems
 
 if TYPE_CHECKING:
     from grpo_flex.advantages import Advantage
@@ -71,6 +72,9 @@ class Sampling:
     transformer at once, so that a worker samples several prompts together. The learner computes group by group, and
     kernels may round a larger batch otherwise: policy/first_log_ratio_abs says by how much. 0: one prompt at a time,
     in the learner's own batch shape."""
+    micro_batch: int = 0
+    """At most so many siblings go through the model at once, in rollout, update, decoding and held-out samples. Rollout and
+    update cut a group alike, so the first ratio stays exactly 1; gradients of the parts are summed. 0: the whole group."""
     lookahead: int = 0
     """k: rollouts of the next k steps go on while a step is judged and learnt from. Step j (from 0) is sampled by the
     adapter of version max(0, j − k), so its staleness, in updates, is min(j, k); 0 is on-policy."""
@@ -94,6 +98,7 @@ class Sampling:
             )
         if self.batch_tokens < 0:
             yield "batch_tokens", f"is {self.batch_tokens}; it cannot be negative (0: one prompt at a time)"
+        yield from self._micro_batch_problems()
         if self.lookahead < 0:
             yield "lookahead", f"is {self.lookahead}; it cannot be negative (0: no step is sampled ahead)"
         yield from (("window." + name, text) for name, text in self.window.fits(self.steps))
@@ -113,6 +118,21 @@ class Sampling:
                 "same_noise",
                 "is true with a deterministic sampler: all siblings would be the same picture; set it to false",
             )
+
+    def _micro_batch_problems(self) -> Iterator[Problem]:
+        if self.micro_batch < 0:
+            yield "micro_batch", f"is {self.micro_batch}; it cannot be negative (0: the whole group at once)"
+        if self.micro_batch > 0 and self.batch_tokens > 0:
+            yield (
+                "micro_batch",
+                f"is {self.micro_batch} with sampling.batch_tokens={self.batch_tokens}: one takes a prompt's siblings apart, the "
+                "other puts several prompts together, and the first ratio would no longer be 1; set one of the two to 0",
+            )
+
+    def micro_batches(self, siblings: int) -> list[slice]:
+        """Those of so many siblings that go through the model together."""
+        size = self.micro_batch or siblings
+        return [slice(i, i + size) for i in range(0, siblings, size)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -467,8 +487,7 @@ class RunConfig:
             yield from self._whole_weights(self.adapter)
         if self.placement.broadcast:
             yield from self._no_broadcast()
-        yield from self._who_judges()
-        yield from _scorer_problems(self.scorers)
+        yield from reward_problems(self)
         if self.placement.colocated and self.sampling.lookahead:
             yield (
                 "sampling.lookahead",
@@ -530,38 +549,11 @@ class RunConfig:
                 "and after a broadcast they hold one; set it to false, or sampling.lookahead=0",
             )
 
-    def _who_judges(self) -> Iterator[Problem]:
-        """Whether somebody gives what the reward reads."""
-        if self.judge is None and not self.scorers:
-            yield "judge", "is none and scorers is empty: nobody would say which sibling is better; give one of the two"
-        if not getattr(self.reward, "compares", False):
-            return
-        reward = f"is {type(self.reward).__name__}, which counts wins, but"
-        if self.judge is None:
-            yield "reward", f"{reward} judge is none: no pair would ever be judged; use Pointwise, or set a judge"
-        elif self.judge.family.candidates == 1:
-            yield (
-                "reward",
-                f"{reward} judge.family {type(self.judge.family).__name__} looks at one sibling at a time: no pair would "
-                "ever be judged; use Pointwise, or a family that compares two",
-            )
-
     def validate(self) -> None:
         """Raise ConfigError with every complaint of every part, each under its dotted name."""
         complaints = [f"{name} {text}" for name, text in _complaints(self)]
         if complaints:
             raise ConfigError("\n".join(complaints))
-
-
-def _scorer_problems(scorers: Sequence[Any]) -> Iterator[Problem]:
-    from grpo_flex.scorers import label
-
-    for i, scorer in enumerate(scorers):
-        if not callable(scorer):
-            yield f"scorers.{i}", f"is {scorer!r}; it needs to be callable as scorer(media, prompt)"
-    names = [label(scorer) for scorer in scorers]
-    for name in sorted({n for n in names if names.count(n) > 1}):
-        yield "scorers", f"holds two that are called {name!r}; give each a field or attribute `name` of its own"
 
 
 def _complaints(part: Any, prefix: str = "") -> Iterator[Problem]:

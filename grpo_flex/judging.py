@@ -36,6 +36,7 @@ from grpo_flex.endpoints import (
 )
 from grpo_flex.rewards import ANCHORS, overall_answers, win_rates
 from grpo_flex.rewards import anchor_answers as answers_of_anchor
+from grpo_flex.sources import fitted_source
 from grpo_flex.types import Prompt, RolloutGroup, Verdict, VerdictStatus
 from grpo_flex.verdicts import VerdictLog
 from reward_server.families.base import Completion
@@ -138,8 +139,9 @@ class JudgeClient:
             media_G: Awaitables of uint8 [F, H, W, 3]; each is encoded once, for all its questions.
         """
         known = {v.members: v for v in previous if v.status == "ok"}
-        encoded = [asyncio.ensure_future(self._encoded(media)) for media in media_G]
-        sources = await self._sources(prompt)
+        coming = [asyncio.ensure_future(media) for media in media_G]
+        encoded = [asyncio.ensure_future(self._encoded(media)) for media in coming]
+        sources = await self._sources(prompt, coming)
         deadline = self._deadline(step)
         try:
             members = self._first_questions(len(encoded), seed)
@@ -234,16 +236,12 @@ class JudgeClient:
     async def _encoded(self, media: Awaitable[np.ndarray]) -> list[str]:
         return await asyncio.to_thread(encode_media, await media, self.judge_config.family.frames)
 
-    async def _sources(self, prompt: Prompt) -> list[list[str]]:
-        """Pictures that stand before the candidates: what an editing prompt edits."""
+    async def _sources(self, prompt: Prompt, media_G: Sequence[Awaitable[np.ndarray]]) -> list[list[str]]:
+        """Pictures that stand before the candidates: what an editing prompt edits, in the size in which it was edited."""
         if not self.judge_config.family.sources:
             return []
-        if "source" not in prompt.reference:
-            raise ValueError(
-                f"prompt {prompt.id!r} has no reference['source']: the judge's family shows the picture that was edited, "
-                "so each line of the prompts file needs the path of one"
-            )
-        return [[await asyncio.to_thread(encode_file, str(prompt.reference["source"]))]]
+        height, width = (await media_G[0]).shape[1:3]
+        return [[_data_url(await asyncio.to_thread(fitted_source, prompt, width, height))]]
 
     # ------------------------------------------------------------ one question
 
@@ -432,17 +430,6 @@ def frame_indices(available: int, wanted: int) -> list[int]:
     if wanted == 1:
         return [available // 2]
     return sorted({round(float(x)) for x in np.linspace(0, available - 1, min(wanted, available))})
-
-
-def encode_file(path: str) -> str:
-    """Data URL of a picture file. Raises ValueError for a file that is no readable picture."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return _data_url(image.convert("RGB"))
-    except OSError as error:
-        raise ValueError(f"the source picture {path!r} cannot be read: {error}") from error
 
 
 def _data_url(image: Any) -> str:

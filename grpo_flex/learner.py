@@ -1,7 +1,7 @@
 """The learner: groups with advantages become a better adapter. Knows nothing of Ray.
 
-One group is one micro-batch: its siblings go through the transformer in the very batch shape in which they were
-sampled, so that on the CPU in float32 the ratio before the first update is bit-exactly 1.
+Siblings go through the transformer in the very batch shape in which they were sampled, a whole group or the parts that
+``sampling.micro_batch`` makes of it, so that on the CPU in float32 the ratio before the first update is bit-exactly 1.
 
 There are three adapters: θ, which is trained; θ_old, which samples the rollouts (θ itself, unless the objective
 lets it follow more slowly); and an average of θ over the training steps, which is evaluated, shown and exported. Under
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from grpo_flex.generators.base import Conditioning, Model
+    from grpo_flex.objectives.base import Term
 
     Groups = Sequence[RolloutGroup] | Mapping[int, RolloutGroup]
     Figures = defaultdict[str, list[tuple[int, float]]]
@@ -223,8 +224,12 @@ class Learner:
             x, sigma, *_ = next(renoised(kept, 1, seed_for(self.config.seed, "base", step_index), device))
         else:
             return math.nan
+        total = 0.0
         with torch.no_grad():
-            return float((policy.velocity(x, sigma) - policy.reference_velocity(x, sigma)).square().mean())
+            for part in self.config.sampling.micro_batches(len(x)):
+                moved = policy.velocity(x[part], sigma) - policy.reference_velocity(x[part], sigma)
+                total += float(moved.square().mean()) * len(moved)
+        return total / len(x)
 
     def _close(self, totals: dict[str, list[float]]) -> None:
         """What follows the updates of one rollout: the other two adapters, and β."""
@@ -285,16 +290,31 @@ class Learner:
         old = self._old if self._moved else ()
         policy = BoundPolicy(self.model, group.conditioning, dynamics, self.weights, old)
         seed = seed_for(self.config.seed, "update", step_index, group.prompt.id)
-        for term in self.config.objective.terms(policy, group.trajectories, advantages_G, seed):
-            kl = {} if term.kl_G is None else {"kl": term.kl_G.detach()}
-            loss_G = term.loss_G if term.kl_G is None else term.loss_G + self.kl_beta * term.kl_G
-            loss = torch.where(keep, loss_G, 0.0).sum()
-            loss.backward()
-            if not keep.any():
-                continue
-            self._seen["loss"].append((index, float(loss.detach() / keep.sum())))
-            for name, values in {**term.metrics, **kl}.items():
-                self._seen[name].append((index, float(values[keep].mean())))
+        figures: defaultdict[tuple[int, str], list[Tensor]] = defaultdict(
+            list
+        )  # by pass and name, sibling after sibling
+        for part in self._parts_of(len(keep)):
+            terms = self.config.objective.terms(policy, group.trajectories.part(part), advantages_G[part], seed)
+            for k, term in enumerate(terms):
+                for name, values in self._descend(term, keep[part]).items():
+                    figures[k, name].append(values.detach())
+        for (_, name), values in figures.items() if keep.any() else ():
+            self._seen[name].append((index, float(torch.cat(values)[keep].mean())))
+
+    def _descend(self, term: Term, keep: Tensor) -> dict[str, Tensor]:
+        """Add one pass's gradient; its figures, of each sibling."""
+        import torch
+
+        pull = {} if term.kl_G is None else {"kl": term.kl_G}
+        loss_G = term.loss_G if term.kl_G is None else term.loss_G + self.kl_beta * term.kl_G
+        loss_G = torch.where(keep, loss_G, 0.0)
+        loss_G.sum().backward()
+        return {"loss": loss_G, **term.metrics, **pull}
+
+    def _parts_of(self, siblings: int) -> list[slice]:
+        """What goes through the model together in one pass of a group."""
+        whole = self.config.objective.whole_groups
+        return [slice(0, siblings)] if whole else self.config.sampling.micro_batches(siblings)
 
     def _schedule(self, step_index: int) -> float:
         """Linear warm-up times a line from 1 to ``lr_end``; sets and returns the learning rate of this step."""

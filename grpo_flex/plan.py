@@ -10,7 +10,8 @@ activations and FLOPs of the text encoders, and the scales of quantised weights 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from grpo_flex.overrides import override
 
 if TYPE_CHECKING:
     from grpo_flex.learner import Learner
+    from grpo_flex.tracing import LiveBytes
     from grpo_flex.types import Trajectories
 
 GIB = 2**30
@@ -26,16 +28,25 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
-    """One kind of process and the bytes that it holds at its fullest moment."""
+    """One kind of process and the bytes that it holds, by part, at each moment that may be its fullest."""
 
     name: str
     count: int
     gpus: float
     """Of a card; 0: on the CPU."""
-    moment: str
-    parts: Mapping[str, int]
+    moments: Mapping[str, Mapping[str, int]]
     stays: Mapping[str, int]
     """What is there from the start to the end, whatever is done with it."""
+
+    @property
+    def fullest(self) -> str:
+        """The moment with the most bytes."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def parts(self) -> Mapping[str, int]:
+        """What it holds at its fullest."""
+        return self.moments[self.fullest]
 
     @property
     def total(self) -> int:
@@ -95,7 +106,7 @@ class Plan:
 
 
 def make_plan(config: RunConfig) -> Plan:
-    """Trace one experiment: a few seconds for the largest models.
+    """Trace one experiment: seconds for pictures, more for clips, whose decoding has many steps.
 
     Raises:
         ConfigError: a model whose configuration is not known here.
@@ -202,12 +213,15 @@ def _learner(config: RunConfig) -> tuple[Process, int, int, int]:
     torch.set_num_threads(threads)
     model: Any = learner.model
     trained = live.now - sum(_weights(_traceable(config), _modules(model.pipeline)).values())
-    trajectories = _trajectories(config, model.latent_shape)
+    size = at_once = config.sampling.group_size
+    if not config.objective.whole_groups:
+        at_once = min(size, config.sampling.micro_batch or size)
+    trajectories = _trajectories(config, model.latent_shape, at_once)
     old = learner._old if config.optimizer.updates_per_rollout > 1 or config.objective.old_decay(1000) else ()
     policy = BoundPolicy(model, stand_in(model), config.sampling.dynamics, learner.weights, old)
 
     def one_pass() -> None:
-        advantages = torch.zeros(config.sampling.group_size, device="meta")
+        advantages = torch.zeros(at_once, device="meta")
         term = next(iter(config.objective.terms(policy, trajectories, advantages, 0)))
         (term.loss_G if term.kl_G is None else term.loss_G + term.kl_G).sum().backward()
 
@@ -225,12 +239,12 @@ def _learner(config: RunConfig) -> tuple[Process, int, int, int]:
         math.ceil(trained / parts) if full else trained
     )
     process = Process(
-        name="learner", count=place.learners, gpus=place.learner_gpus, moment="update",
-        parts=lasting | {"activations": spent.peak}, stays=lasting,
+        name="learner", count=place.learners, gpus=place.learner_gpus,
+        moments={"updating": lasting | {"activations": spent.peak}}, stays=lasting,
     )  # fmt: skip
     host = aside * (place.learners if parts == 1 else 1) + _published(config, learner)
     count = sum(p.numel() for p in learner.parameters)
-    return process, count, config.objective.passes(trajectories) * spent.flops, host
+    return process, count, config.objective.passes(trajectories) * spent.flops * size // at_once, host
 
 
 def _published(config: RunConfig, learner: Learner) -> int:
@@ -242,8 +256,8 @@ def _published(config: RunConfig, learner: Learner) -> int:
     return versions * sum(widths) + (state if config.adapter.state_each_step else 0)
 
 
-def _trajectories(config: RunConfig, shape: tuple[int, int]) -> Trajectories:
-    """What a rollout of one group keeps, without values."""
+def _trajectories(config: RunConfig, shape: tuple[int, int], size: int) -> Trajectories:
+    """What a rollout keeps of so many siblings, without values."""
     import torch
 
     from grpo_flex.dynamics import shifted_sigmas
@@ -252,7 +266,6 @@ def _trajectories(config: RunConfig, shape: tuple[int, int]) -> Trajectories:
     sampling, objective = config.sampling, config.objective
     selection = sampling.window.select(sampling.steps, 0, 0)
     trained = selection.trained if objective.needs_noise else ()
-    size = sampling.group_size
     kept = torch.empty(size, len(trained), *shape, device="meta")
     return Trajectories(
         latents_GKNC=kept,
@@ -270,32 +283,57 @@ def _worker(config: RunConfig) -> tuple[Process, int, int, int]:
     import torch
 
     from grpo_flex.generators.blank import stand_in
-    from grpo_flex.rollout import RolloutWorker
-    from grpo_flex.tracing import LiveBytes, cost
+    from grpo_flex.rollout import HELDOUT_BATCH, RolloutWorker
+    from grpo_flex.tracing import LiveBytes
 
     threads, live, size = torch.get_num_threads(), LiveBytes(), config.sampling.group_size
     with live, torch.no_grad():
         model: Any = RolloutWorker(_traceable(config), "meta").model
-        x = torch.empty(size, *model.latent_shape, device="meta")
         told = stand_in(model)
     torch.set_num_threads(threads)
-    adapter = live.now - x.nbytes - sum(_weights(_traceable(config), _modules(model.pipeline)).values())
+    adapter = live.now - sum(_weights(_traceable(config), _modules(model.pipeline)).values())
     if isinstance(config.adapter, Full):
         adapter = 0  # nothing of the kind; what is left are buffers
-    with torch.no_grad():
-        whole = cost(lambda: model.velocity(x, 1.0, told), live)
-        alone = cost(lambda: model.velocity(x[:1], 1.0, told), live)
-        decode = cost(lambda: _decode(model, x), live)
-    together, apart = _forwards(config)
-    kept = _trajectories(config, model.latent_shape)
+    group = _samples(config, model, told, live, size)
+    heldout = _samples(config, model, told, live, HELDOUT_BATCH * config.evaluation.samples_per_prompt)
+    kept = _trajectories(config, model.latent_shape, size)
     tensors = [t for t in (kept.latents_GKNC, kept.next_latents_GKNC, kept.means_GKNC, kept.final_GNC) if t is not None]
     path = sum(t.nbytes for t in tensors)
     generator: Any = config.generator
     media = size * getattr(generator, "frames", 1) * generator.height * generator.width * 3
     stored = path + media + sum(t.nbytes for t in told.values())
+    together, apart = _forwards(config)
+    rollout = (together + apart * size) * group.step_flops + size * group.decode_flops
     weights = _weights(config, _weights_of_all(config, model))
-    process = _at_its_fullest(config, weights, adapter, whole.peak + path + x.nbytes, decode.peak + path + x.nbytes)
-    return process, whole.flops, together * alone.flops + apart * whole.flops + decode.flops, stored
+    return _moments(config, weights, adapter, path, group, heldout), size * group.step_flops, rollout, stored
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Samples:
+    """What it takes to denoise and decode some samples: peaks of those that are taken at once, FLOPs of one."""
+
+    latents: int
+    """Bytes of all, and of their velocities where they are not computed at once."""
+    denoise: int
+    decode: int
+    step_flops: int
+    decode_flops: int
+
+
+def _samples(config: RunConfig, model: Any, told: Any, live: LiveBytes, count: int) -> _Samples:
+    import torch
+
+    from grpo_flex.tracing import cost
+
+    with live, torch.no_grad():
+        x = torch.empty(count, *model.latent_shape, device="meta")
+        first, *others = config.sampling.micro_batches(count)
+        part = x[first]
+        step, decoding = cost(lambda: model.velocity(part, 1.0, told), live), cost(lambda: _decode(model, part), live)
+    return _Samples(
+        latents=2 * x.nbytes if others else x.nbytes, denoise=step.peak, decode=decoding.peak,
+        step_flops=step.flops // len(part), decode_flops=decoding.flops // len(part),
+    )  # fmt: skip
 
 
 def _weights_of_all(config: RunConfig, model: Any) -> dict[str, Any]:
@@ -322,57 +360,88 @@ def _forwards(config: RunConfig) -> tuple[int, int]:
     return together, taken - together
 
 
-def _at_its_fullest(config: RunConfig, weights: Mapping[str, int], adapter: int, denoise: int, decode: int) -> Process:
-    """Of encoding, denoising and decoding, the moment with the most bytes.
+def _moments(
+    config: RunConfig, weights: Mapping[str, int], adapter: int, path: int, group: _Samples, heldout: _Samples
+) -> Process:
+    """A rollout worker while it encodes, samples a group, decodes it, and at the fuller half of a held-out batch.
 
     Text encoders leave after encoding with ``memory.encodings`` or ``memory.offload``, the VAE sleeps with the latter.
+
+    Args:
+        path: bytes of what is recorded of a group.
     """
     texts = {f"weights: {name}": size for name, size in weights.items() if name.startswith("text_encoder")}
     vae = {"weights: vae": weights["vae"]}
     leave, offload = _memory(config, "encodings") or _memory(config, "offload"), _memory(config, "offload")
     stays = {f"weights: {name}": s for name, s in weights.items() if name != "vae" and not name.startswith("text_")}
     stays |= ({} if offload else vae) | ({} if leave else texts) | ({"adapter": adapter} if adapter else {})
+    halves = (
+        stays | {"activations": heldout.denoise, "latents": heldout.latents},
+        stays | vae | {"activations": heldout.decode, "latents": heldout.latents},
+    )
     moments = {
         "encoding": stays | texts,
-        "denoising": stays | {"activations and latents": denoise},
-        "decoding": stays | vae | {"activations and latents": decode},
+        "sampling": stays | {"activations": group.denoise, "latents": group.latents + path},
+        "decoding": stays | vae | {"activations": group.decode, "latents": group.latents + path},
+        "held-out": max(halves, key=lambda parts: sum(parts.values())),
     }
-    moment = max(moments, key=lambda name: sum(moments[name].values()))
     place = config.placement
     return Process(
-        name="rollout worker", count=place.rollout_workers, gpus=place.rollout_gpus, moment=moment,
-        parts=moments[moment], stays=stays,
-    )  # fmt: skip
+        name="rollout worker", count=place.rollout_workers, gpus=place.rollout_gpus, moments=moments, stays=stays
+    )
 
 
 def _as_one(worker: Process, learner: Process) -> Process:
     """A learner that samples too: one set of weights and one adapter, which take turns."""
     stays = {name: size for name, size in {**worker.stays, **learner.stays}.items() if name != "adapter"}
-    moments = {p.moment: stays | {n: s for n, s in p.parts.items() if n != "adapter"} for p in (worker, learner)}
-    moment = max(moments, key=lambda name: sum(moments[name].values()))
-    return replace(learner, name="learner that samples too", moment=moment, parts=moments[moment], stays=stays)
+    moments = {
+        moment: stays | {name: size for name, size in parts.items() if name != "adapter"}
+        for moment, parts in {**worker.moments, **learner.moments}.items()
+    }
+    return replace(learner, name="learner that samples too", moments=moments, stays=stays)
 
 
 # ---------------------------------------------------------------- what would help
 
 
 def first_change(plan: Plan, gpus: int, gpu_memory: float) -> tuple[list[str], Plan] | None:
-    """The overrides that make it fit: one alone if one is enough, or else the first few together; None if none do."""
-    config, together = plan.config, list[str]()
-    for assignment in _changes(config):
-        if (changed := _with(config, [assignment])) and (tried := make_plan(changed)).fits(gpus, gpu_memory):
-            return [assignment], tried
-    for assignment in _changes(config):
-        if (changed := _with(config, [*together, assignment])) is None:
+    """The overrides that make it fit: one alone if one is enough, or else those that it takes together; None if none do."""
+
+    def fitting(assignments: Sequence[str]) -> Plan | None:
+        changed = _with(plan.config, assignments)
+        tried = make_plan(changed) if changed else None
+        return tried if tried and tried.fits(gpus, gpu_memory) else None
+
+    together: dict[str, str] = {}
+    for assignment in _changes(plan.config):
+        if alone := fitting([assignment]):
+            return [assignment], alone
+    for assignment in _changes(plan.config):
+        if not _with(plan.config, [assignment]):
             continue
-        together.append(assignment)
-        if (tried := make_plan(changed)).fits(gpus, gpu_memory):
-            return together, tried
+        together[assignment.partition("=")[0]] = assignment  # a field's smaller number takes the place of a larger one
+        if fitted := fitting(list(together.values())):
+            return _needed(list(together.values()), fitting, fitted)
     return None
 
 
+def _needed(
+    assignments: list[str], fitting: Callable[[Sequence[str]], Plan | None], fitted: Plan
+) -> tuple[list[str], Plan]:
+    """Those of the overrides without which it does not fit; the dearer ones, which come last, are given up first."""
+    for assignment in reversed(assignments):
+        fewer = [other for other in assignments if other != assignment]
+        if still := fitting(fewer):
+            assignments, fitted = fewer, still
+    return assignments, fitted
+
+
 def _changes(config: RunConfig) -> Iterator[str]:
-    """From what costs least to what costs most: first precision, then time, then the size of a group."""
+    """From what costs least to what costs most: smaller micro-batches, precision, time, the size of a group."""
+    size = config.sampling.micro_batch or config.sampling.group_size
+    while size > 1 and not config.sampling.batch_tokens:
+        size = math.ceil(size / 2)
+        yield f"sampling.micro_batch={size}"
     yield "generator.dtype=bfloat16"
     if config.placement.learners > 1 and not config.placement.colocated:
         yield "placement.shard_base=true"
@@ -389,9 +458,9 @@ def _changes(config: RunConfig) -> Iterator[str]:
 
 
 def _with(config: RunConfig, assignments: Sequence[str]) -> RunConfig | None:
-    """The configuration with overrides; None where the generator has no such field, or nothing would change."""
-    try:
-        before, changed = override(config, assignments[:-1]), override(config, assignments)
-    except ConfigError:
-        return None
-    return None if changed == before else changed
+    """The configuration with those overrides that its generator has a field for; None where nothing would change."""
+    changed = config
+    for assignment in assignments:
+        with suppress(ConfigError):
+            changed = override(changed, [assignment])
+    return None if changed == config else changed

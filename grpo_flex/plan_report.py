@@ -19,9 +19,11 @@ def report(plan: Plan, gpus: int, gpu_memory: float, tflops: float, judge_rate: 
         tflops: sustained by one GPU, 10¹² a second; 0: no times.
         judge_rate: verdicts that the judge gives in a second; 0: not known.
     """
+    sampling = plan.config.sampling
+    at_once = min(sampling.micro_batch or sampling.group_size, sampling.group_size)
     yield from _parameters(plan)
     for process in plan.processes:
-        yield from _process(process)
+        yield from _process(process, at_once)
     yield from _step(plan, tflops, judge_rate)
     if gpus:
         yield from _fit(plan, gpus, gpu_memory)
@@ -42,12 +44,19 @@ def _parameters(plan: Plan) -> Iterator[str]:
     yield f"  {trained:<36}{plan.adapter / 1e6:>12,.1f} M{_gib(width * plan.adapter):>14} as a file"
 
 
-def _process(process: Process) -> Iterator[str]:
+def _process(process: Process, at_once: int) -> Iterator[str]:
+    """A column for each moment that may be the fullest, and which one is."""
     where = f"{process.gpus:g} GPU each" if process.gpus else "on the CPU"
-    yield f"\nMemory of each {process.name} ({process.count}, {where}) at its fullest, {process.moment}"
-    for name, size in process.parts.items():
-        yield f"  {name:<48}{_gib(size):>14}"
-    yield f"  {'together':<48}{_gib(process.total):>14}"
+    siblings = f"{at_once} sibling{'' if at_once == 1 else 's'} at once"
+    yield f"\nMemory of each {process.name} ({process.count}, {where}), {siblings}; fullest: {process.fullest}"
+    parts = dict.fromkeys(name for held in process.moments.values() for name in held)
+    width = max(map(len, parts)) + 2
+    yield "  " + " " * width + "".join(f"{moment:>14}" for moment in process.moments)
+    for name in parts:
+        held = (moment.get(name, 0) for moment in process.moments.values())
+        yield f"  {name:<{width}}" + "".join(f"{_gib(size) if size else '-':>14}" for size in held)
+    totals = (sum(moment.values()) for moment in process.moments.values())
+    yield f"  {'together':<{width}}" + "".join(f"{_gib(size):>14}" for size in totals)
 
 
 def _step(plan: Plan, tflops: float, judge_rate: float) -> Iterator[str]:
@@ -91,7 +100,10 @@ def _fit(plan: Plan, gpus: int, gpu_memory: float) -> Iterator[str]:
     yield f"\nDoes not fit: the fullest GPU would hold {_gib(full).strip()} of {gpu_memory:g} GiB."
     found = first_change(plan, gpus, gpu_memory)
     if found is None:
-        yield "No single change of precision, recomputation, offloading and group size makes it fit, nor all of them together."
+        yield (
+            "No single change of micro-batch, precision, recomputation, offloading and group size makes it fit, nor all of "
+            "them together."
+        )
     else:
         yield f"First change that makes it fit: {' '.join(found[0])} ({_gib(found[1].fullest()).strip()})."
 

@@ -7,7 +7,7 @@ sibling) and the adapter alone, not on which worker does it or what it did befor
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -96,7 +96,7 @@ class RolloutWorker:
         """The group at the end of a path; ``seconds`` is its share of the time that passed since ``began``."""
         import torch
 
-        media = self.model.decode(path.x)
+        media = [m for part in self._parts(path.x) for m in self.model.decode(path.x[part])]
         pixels = torch.from_numpy(np.stack(media)).float() / 255
         return RolloutGroup(
             step=step_index,
@@ -112,16 +112,18 @@ class RolloutWorker:
         )
 
     def evaluate(self, prompts: Sequence[Prompt], adapter: Adapter) -> list[Sample]:
-        """Held-out samples: plain ODE from noise that is fixed for the whole run, scored. One batch."""
+        """Held-out samples: plain ODE from noise that is fixed for the whole run, scored. One batch, or micro-batches."""
         import torch
 
         self.use(adapter)
         config, seed = self.config.evaluation, self.config.seed
         copies = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
         seeds = [seed_for(seed, "heldout", p.id, i) for p in prompts for i in range(config.samples_per_prompt)]
+        media = list[np.ndarray]()
         with torch.no_grad():
-            conditioning = _together(self.model.encode(copies))
-            media = self.model.decode(self.sample_ode(conditioning, seeds, self.config.sampling.eval_steps))
+            for part in self._parts(seeds):
+                conditioning = _together(self.model.encode(copies[part]))
+                media += self.model.decode(self.sample_ode(conditioning, seeds[part], self.config.sampling.eval_steps))
         return [
             Sample(prompt=p, media=m, scores={**(config.scorer(m, p) if config.scorer else {}), **motion(m)})
             for p, m in zip(copies, media, strict=True)
@@ -161,14 +163,19 @@ class RolloutWorker:
 
     def _sample(self, paths: Sequence[_Path], sigmas: Sequence[float]) -> None:
         """Take all paths from noise to clean latents, each with noise and solver as its own selection says."""
+        import torch
+
         batch = _Batch(paths)
         for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
             for path in paths:
                 path.x = _branched(path.x, len(path.seeds)) if i in self._stochastic(path) else path.x
             x, conditioning = batch.now()
-            v = self.model.velocity(x, sigma, conditioning)
+            v = torch.cat([self.model.velocity(x[part], sigma, conditioning) for part in self._parts(x)])
             for path, own in zip(paths, v.split([len(path.x) for path in paths]), strict=True):
                 self._advance(path, i, own, sigma, sigma_next)
+
+    def _parts(self, rows: Sized) -> list[slice]:
+        return self.config.sampling.micro_batches(len(rows))
 
     def _stochastic(self, path: _Path) -> frozenset[int]:
         return path.selection.stochastic if self.config.sampling.dynamics.stochastic else frozenset()
@@ -183,7 +190,9 @@ class RolloutWorker:
             path.x, path.past = config.solver.advance(path.x, v, sigma, sigma_next, path.past), Past(v, sigma)
             return
         noise = _normal(self.model.latent_shape, path.generators).to(path.x.device)
-        now = step(config.dynamics, path.x, v, sigma, sigma_next, noise=noise)
+        now = joined(
+            [step(config.dynamics, path.x[p], v[p], sigma, sigma_next, noise=noise[p]) for p in self._parts(v)]
+        )
         if i in self._trained(path):
             path.before.append(path.x)
             path.taken.append(now)
@@ -257,6 +266,14 @@ def _together(conditionings: Sequence[Conditioning]) -> Conditioning:
         return torch.cat(tensors)
 
     return {name: joined(name) for name in conditionings[0]}
+
+
+def joined(parts: Sequence[Step]) -> Step:
+    """The same step of all siblings, from that of each part: a sum over latents may depend on how many there are beside it."""
+    import torch
+
+    following, logprobs, means, stds = zip(*parts, strict=True)
+    return Step(torch.cat(following), torch.cat(logprobs), torch.cat(means), stds[0])
 
 
 def _branched(x: Tensor, siblings: int) -> Tensor:

@@ -10,7 +10,7 @@ counted, never silently 0.0 or ½. A reward that nobody gave is NaN for the same
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -59,6 +59,17 @@ class Trajectories:
     """μ_old of each step; only for objectives that need it (GRPO-Guard)."""
     final_GNC: torch.Tensor | None = None
     """x_0 of every sibling; only for objectives that re-noise the result (NFT, AWM, DPO)."""
+    group_size: int = 0
+    """In a ``part`` of a group: G of the whole one, for which noise is drawn; 0: this is whole."""
+    first: int = 0
+    """In a ``part`` of a group: the place of its first sibling."""
+
+    def part(self, siblings: slice) -> Trajectories:
+        """Some of the siblings, without copying anything."""
+        size = len(self.logprobs_GK)
+        kept = ("latents_GKNC", "next_latents_GKNC", "logprobs_GK", "means_GKNC", "final_GNC")
+        cut = {name: t[siblings] for name in kept if (t := getattr(self, name)) is not None}
+        return replace(self, **cut, group_size=size, first=siblings.indices(size)[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

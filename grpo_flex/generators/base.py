@@ -122,11 +122,43 @@ def folder_problems(
         )
         return
     if found != pipeline:
-        yield "model", f"is {model!r}, which holds a {found}; this generator needs a {pipeline}"
+        yield (
+            "model",
+            f"is {model!r}, which holds a {found}; this generator needs a {pipeline}: give one, such as {hub_example}, or name "
+            f"the generator that is made for a {found} in the experiment",
+        )
         return
     for part in parts:
         if (said.get(part) or [None])[0] is None or not any((folder / part).glob("*")):
             yield "model", f"is {model!r}, which has no {part}; give a folder with the whole {pipeline}"
+
+
+def check_weights(model: str, parts: Sequence[str]) -> None:
+    """Refuse a folder that lacks some of its weights' files, as a download that was broken off leaves it.
+
+    Args:
+        model: a Hub id, or a folder that ``folder_problems`` has nothing against.
+        parts: components with weights; those that the folder does not have are passed over.
+
+    Raises:
+        ValueError: naming the component.
+    """
+    for part in (part for part in parts if (Path(model) / part).is_dir()):
+        if not _has_weights(Path(model) / part):
+            raise ValueError(
+                f"generator.model is {model!r}, whose {part} has no weights, or not all that its index names: complete the "
+                f"download, e.g. hf download OWNER/NAME --local-dir {model}"
+            )
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether there is a file with all weights, or every file that an index names."""
+    there = {file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin")}
+    try:
+        indexed = [json.loads(file.read_text())["weight_map"].values() for file in folder.glob("*.index.json")]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return any(there.issuperset(files) for files in indexed) or any("-of-" not in name for name in there)
 
 
 def load_pipeline(pipeline: str, model: str, **options: Any) -> Any:

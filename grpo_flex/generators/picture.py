@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from grpo_flex.dynamics import shifted_sigmas
-from grpo_flex.generators.base import folder_problems, load_pipeline, write_denoiser, write_lora
+from grpo_flex.generators.base import check_weights, folder_problems, load_pipeline, write_denoiser, write_lora
 from grpo_flex.generators.encodings import Encodings, fingerprint
 from grpo_flex.generators.memory import Memory
+from grpo_flex.sources import fitted_source, read_source
 
 if TYPE_CHECKING:
     import numpy as np
@@ -88,6 +89,7 @@ class Picture:
 
     def check(self, prompts: Sequence[Prompt], stock: Any = None) -> None:
         """``stock``: what ``tokenizers`` gives, where it is there already."""
+        check_weights(self.model, (*self.denoisers, "vae", *(name for name in self.texts if "encoder" in name)))
         for prompt in prompts if self.edits else ():
             read_source(prompt)
         stock = stock or self.tokenizers()
@@ -225,12 +227,10 @@ class PictureModel:
     def _encode_source(self, prompt: Prompt) -> Conditioning:
         """The source picture's latent tokens [1, N, C]; cut to the sample's own size, so that all have one shape."""
         import torch
-        from PIL import Image, ImageOps
 
         if not self.config.edits:
             return {}
-        size = (self.config.width, self.config.height)
-        fitted = ImageOps.fit(read_source(prompt), size, method=Image.Resampling.LANCZOS)
+        fitted = fitted_source(prompt, self.config.width, self.config.height)
         vae = self.pipeline.vae
         with torch.no_grad(), self.awake(vae):
             pixels = self.pipeline.image_processor.preprocess(fitted).to(self.device, vae.dtype)
@@ -302,26 +302,6 @@ class PictureModel:
 
     def save_weights(self, folder: Path, tensors: Mapping[str, Tensor]) -> Path:
         return write_denoiser(self.pipeline.transformer, folder / "transformer", tensors)
-
-
-def read_source(prompt: Prompt) -> Any:
-    """The picture to edit, RGB.
-
-    Raises:
-        ValueError: the prompt names none, or it cannot be read.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    path = prompt.reference.get("source")
-    if path is None:
-        raise ValueError(
-            f"prompt {prompt.id!r} has no reference['source']: an editor needs the path of the picture to edit"
-        )
-    try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"prompt {prompt.id!r}: its reference['source'] {path!r} cannot be read: {error}") from error
 
 
 def _multiple(model: str) -> int:

@@ -69,6 +69,9 @@ class Objective(Protocol):
     """Whether θ_old has to be what sampled the group, so that ``sampling.lookahead`` needs to be 0."""
     needs_base: ClassVar[bool] = False
     """Whether it asks for ``Policy.reference_velocity`` whatever β is."""
+    whole_groups: ClassVar[bool] = False
+    """Whether a sibling's loss depends on the others, so that ``terms`` has to be given whole groups whatever
+    ``sampling.micro_batch`` says. Without it, a group may come in parts."""
     still_at_zero: ClassVar[bool] = True
     """Whether zero advantages have no gradient (the pull to the base apart), so that such a group can be passed over."""
 
@@ -95,6 +98,7 @@ class Objective(Protocol):
     def terms(self, policy: Policy, trajectories: Trajectories, advantages_G: Tensor, seed: int) -> Iterator[Term]:
         """
         Args:
+            trajectories, advantages_G: of a group, or of a part of it.
             advantages_G: a masked sibling, whose loss will not count, has the mean of the others': it is neither the best
                 nor the worst of the group.
             seed: of all that is drawn at random.

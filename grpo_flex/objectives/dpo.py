@@ -21,7 +21,8 @@ class Dpo(Objective):
 
     The pair is the sibling with the largest and the one with the smallest advantage. ``advantages.BestAndWorst`` builds
     it as UnifiedReward does; with another advantage it is simply the best and the worst of the group. The reference is
-    the frozen base, which is all that holds the policy back: there is no other KL.
+    the frozen base, which is all that holds the policy back: there is no other KL. A pass takes the pair alone through
+    the model, two siblings whatever ``sampling.micro_batch`` is.
     """
 
     beta: float = 500.0
@@ -31,6 +32,7 @@ class Dpo(Objective):
 
     keeps_final: ClassVar[bool] = True
     needs_base: ClassVar[bool] = True
+    whole_groups: ClassVar[bool] = True
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from draws_problem(self.draws)

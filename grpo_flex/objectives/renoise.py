@@ -31,7 +31,7 @@ def renoised(
 
     Levels are those at which the sampler calls the model, drawn at random from as many equal parts of the
     schedule, so that every group sees early and late ones. Noise is drawn on the CPU, so that every device gets
-    the same numbers.
+    the same numbers, and for the whole group, so that a part of it gets what it has in the whole.
 
     Args:
         shared: one ε for all siblings, instead of one each.
@@ -40,12 +40,13 @@ def renoised(
 
     assert trajectories.final_GNC is not None, "the objective has to set keeps_final"
     clean, levels = trajectories.final_GNC.to(device), trajectories.sigmas[:-1]
-    shape = (1, *clean.shape[1:]) if shared else clean.shape
+    siblings = 1 if shared else trajectories.group_size or len(clean)
+    own = slice(0, 1) if shared else slice(trajectories.first, trajectories.first + len(clean))
     generator = torch.Generator().manual_seed(seed)
     for k in range(draws):
         place = (k + float(torch.rand((), generator=generator, dtype=torch.float64))) / draws
         sigma = levels[int(place * len(levels))]
-        noise = torch.randn(shape, generator=generator, dtype=clean.dtype).to(device)
+        noise = torch.randn((siblings, *clean.shape[1:]), generator=generator, dtype=clean.dtype)[own].to(device)
         yield Renoised((1 - sigma) * clean + sigma * noise, sigma, clean, noise - clean)
 
 

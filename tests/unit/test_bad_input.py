@@ -10,11 +10,18 @@ import pytest
 
 from grpo_flex.config import ConfigError, RunConfig
 from grpo_flex.dynamics import Cps, Dance, FastWindow, FlowSde, Multistep, Ode, SlidingWindow
+from grpo_flex.generators.flux import FluxKontext
+from grpo_flex.generators.wan import Wan
 from grpo_flex.objectives.awm import Awm
 from grpo_flex.objectives.dpo import Dpo
 from grpo_flex.objectives.grpo import Grpo
 from grpo_flex.objectives.guard import Guard
 from grpo_flex.objectives.nft import Nft
+from grpo_flex.rewards import Pointwise
+from reward_server.families.edit import EditPair, EditPoint
+from reward_server.families.flex import Flex
+from reward_server.families.unified import Unified2Point
+from tests.configs import judge_of
 
 SAMPLING: list[tuple[dict[str, Any], str]] = [
     ({"dynamics": FlowSde(a=math.nan)}, "sampling.dynamics.a is nan; it needs to be finite: .* infinite or no number"),
@@ -80,3 +87,51 @@ def test_only_a_ratio_that_needs_the_weights_that_sampled_is_refused_with_lookah
 def test_forward_objectives_take_a_sampler_without_noise(config: RunConfig, objective: Any) -> None:
     sampling = replace(config.sampling, dynamics=Ode(), solver=Multistep(), same_noise=False)
     replace(config, objective=objective, sampling=sampling).validate()
+
+
+FLUX, EDITOR, CLIPS = None, FluxKontext(model="owner/name"), Wan(model="owner/name")
+
+
+@pytest.mark.parametrize(
+    ("generator", "family", "message"),
+    [
+        (
+            FLUX,
+            Flex(medium="video"),
+            r"judge\.family\.medium is 'video' of Flex, .* but Flux makes single pictures.*to image",
+        ),
+        (CLIPS, Flex(), r"judge\.family\.medium is 'image' of Flex, .* Wan makes clips of 33 frames: .* to video"),
+        (
+            CLIPS,
+            EditPair(),
+            r"judge\.family is EditPair, which judges edits .* but Wan edits none; take .* FluxKontext",
+        ),
+        (FLUX, EditPoint(), r"judge\.family is EditPoint, which judges edits .* but Flux edits none"),
+        (EDITOR, Flex(), r"judge\.family is Flex, which is not shown the picture that FluxKontext edits: .* EditPair"),
+        (replace(CLIPS, frames=1), Flex(medium="video"), r"Wan makes single pictures"),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_a_judge_of_something_else_is_refused(config: RunConfig, generator: Any, family: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        shown(config, generator, family).validate()
+
+
+@pytest.mark.parametrize(
+    ("generator", "family"),
+    [
+        (FLUX, Unified2Point()),
+        (EDITOR, EditPair()),
+        (EDITOR, EditPoint()),
+        (CLIPS, Flex(medium="video")),
+        (replace(CLIPS, frames=1), Flex()),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_a_judge_that_is_made_for_it_is_taken(config: RunConfig, generator: Any, family: Any) -> None:
+    shown(config, generator, family).validate()
+
+
+def shown(config: RunConfig, generator: Any, family: Any) -> RunConfig:
+    judge, reward = replace(judge_of(config), family=family), config.reward if family.candidates == 2 else Pointwise()
+    return replace(config, generator=generator or config.generator, judge=judge, reward=reward)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from grpo_flex.config import ConfigError, RunConfig
 from grpo_flex.generators.blank import KNOWN, blank_pipeline, describe, stand_in, without_weights
 from grpo_flex.generators.flux import Flux
 from grpo_flex.learner import Learner
+from grpo_flex.overrides import override
 from grpo_flex.plan import GIB, Plan, Process, first_change, make_plan
 from grpo_flex.plan_report import report
 from grpo_flex.tracing import LiveBytes, cost, saved_bytes
@@ -110,6 +112,20 @@ def test_recomputing_takes_memory_and_costs_flops(tiny: RunConfig, tiny_plan: Pl
     assert plans[1].rollout_flops == plans[0].rollout_flops
 
 
+def test_micro_batches_take_memory_and_no_flops(tiny: RunConfig, tiny_plan: Plan) -> None:
+    """Two of four siblings at once: half of their activations, and the work of the whole group."""
+    halves = make_plan(override(tiny, ["sampling.micro_batch=2"]))
+    for made, whole in zip(halves.processes, tiny_plan.processes, strict=True):
+        for moment in (m for m in made.moments if m not in ("encoding", "held-out")):
+            held, all_held = (p.moments[moment]["activations"] for p in (made, whole))
+            assert 0.45 * all_held < held < 0.55 * all_held
+    flops = [(p.forward_flops, p.rollout_flops, p.update_flops) for p in (halves, tiny_plan)]
+    assert flops[0] == flops[1]
+    few, many = halves.processes[0].moments, tiny_plan.processes[0].moments
+    assert few["held-out"]["activations"] == few["decoding"]["activations"]
+    assert many["held-out"]["activations"] > 3 * many["decoding"]["activations"]  # 16 samples at once, not 4
+
+
 def test_live_bytes_counts_births_and_deaths() -> None:
     outside = torch.ones(100)
     with LiveBytes([outside]) as live:
@@ -166,7 +182,7 @@ def test_loading_is_as_before_after_a_plan(config: RunConfig) -> None:
 
 def process(name: str, count: int, gpus: float, gib: float) -> Process:
     return Process(
-        name=name, count=count, gpus=gpus, moment="", parts={"all": int(gib * GIB)}, stays={"": int(gib * GIB / 2)}
+        name=name, count=count, gpus=gpus, moments={"": {"all": int(gib * GIB)}}, stays={"": int(gib * GIB / 2)}
     )
 
 
@@ -228,6 +244,24 @@ def test_the_first_change_that_makes_it_fit(
     assert (found and found[0]) == changes
 
 
+def test_a_smaller_micro_batch_is_the_first_thing_to_try(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """10 GiB and 5 for each sibling that is taken at once, of 4; half less with recomputation. The largest that fits is named."""
+
+    def weighed(config: RunConfig) -> Plan:
+        generator: Any = config.generator
+        size = 10 + 5 * (config.sampling.micro_batch or config.sampling.group_size)
+        return planned(config, process("learner", 1, 1, size * (0.5 if generator.memory.checkpoint_every else 1)))
+
+    monkeypatch.setattr(plan, "make_plan", weighed)
+    for memory, changes in (
+        (20, ["sampling.micro_batch=2"]),
+        (15, ["sampling.micro_batch=1"]),
+        (9, ["sampling.micro_batch=1", "generator.memory.checkpoint_every=1"]),
+    ):
+        found = first_change(weighed(config), 1, memory)
+        assert found and found[0] == changes
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -251,5 +285,12 @@ def test_bad_input_of_the_command_line(
 def test_the_command_prints_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", SHAPES, "--model", "testbed/tiny_flux", "--tflops", "0.05"]) == 0
     said = capsys.readouterr().out
-    for word in ("Parameters", "Memory of each learner", "TFLOP", "960 verdicts"):
+    for word in (
+        "Parameters",
+        "Memory of each learner",
+        "16 siblings at once; fullest: updating",
+        "TFLOP",
+        "960 verdicts",
+    ):
         assert word in said
+    assert re.search(r"encoding +sampling +decoding +held-out\n", said) and said.count("together  ") == 3

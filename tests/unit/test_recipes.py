@@ -8,9 +8,13 @@ from grpo_flex.advantages import GroupRelative
 from grpo_flex.config import Adapter
 from grpo_flex.config_file import load_experiment
 from grpo_flex.dynamics import FlowSde, RandomFraction
+from grpo_flex.generators.flux2 import Flux2KleinEdit
 from grpo_flex.generators.wan import Wan
 from grpo_flex.objectives.guard import Guard
+from grpo_flex.prompts import read_prompts
 from grpo_flex.rewards import WinRate
+from grpo_flex.sources import fitted_source
+from reward_server.families.edit import EditPair
 from tests.configs import judge_of
 
 
@@ -39,3 +43,13 @@ def test_the_wan_recipes_have_the_papers_settings(
     assert (fit.lr, fit.lr_end, fit.weight_decay, fit.max_grad_norm) == (lr, 1, 1e-4, 1)
     assert made.advantage == GroupRelative(alpha=0.7, clip=5) and made.reward == WinRate()
     assert len(judge_of(made).pairs.pairs(6, 0)) == 15  # all of them
+
+
+def test_the_editing_recipe_has_pictures_to_edit() -> None:
+    made = load_experiment("experiments/flux2_klein_edit.py")
+    made.validate()
+    assert isinstance(made.generator, Flux2KleinEdit) and judge_of(made).family == EditPair()
+    for name in ("train", "heldout"):
+        prompts = read_prompts(getattr(made.prompts, name), name)
+        assert len(prompts) >= (made.prompts.per_step if name == "train" else 1)
+        assert {fitted_source(prompt, 72, 48).size for prompt in prompts} == {(72, 48)}

@@ -16,7 +16,7 @@ def on_gpus(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     """Worker and learner, one to a card, 30 GiB of 40 for good."""
     parts = {"weights": 30 * GIB, "activations": 10 * GIB}
     processes = tuple(
-        Process(name=name, count=1, gpus=1, moment="update", parts=parts, stays={"weights": 30 * GIB})
+        Process(name=name, count=1, gpus=1, moments={"updating": parts}, stays={"weights": 30 * GIB})
         for name in ("a", "b")
     )
     made = Plan(
