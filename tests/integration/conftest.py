@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ray.cluster_utils import Cluster as Raylets
 
 from grpo_flex.__main__ import main
 from tests.configs import tiny_config
 from tests.integration.processes import experiment_file
+
+HEAD = """
+import sys
+from ray.cluster_utils import Cluster
+node = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
+print(node.address, flush=True)
+sys.stdin.read()
+node.shutdown()
+"""
 
 
 @pytest.fixture(scope="session")
@@ -23,10 +33,16 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def head() -> Iterator[str]:
-    """The address of a Ray cluster of one node, which outlives its runs: joining it takes a fraction of starting one."""
-    node = Raylets(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
-    yield str(node.address)
-    node.shutdown()
+    """The address of a Ray cluster of one node, which outlives its runs: joining it takes a fraction of starting one.
+
+    In a process of its own, because a test that shuts its Ray down takes along what the same process has started.
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", HEAD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as node:
+        assert node.stdin and node.stdout
+        yield node.stdout.readline().strip()
+        node.stdin.close()
 
 
 @pytest.fixture

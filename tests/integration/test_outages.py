@@ -120,7 +120,7 @@ def test_a_learner_that_is_killed_goes_on_from_the_last_completed_step(tmp_path:
     assert state["workers"]["learner"] == "alive, restarted once"
 
 
-def test_a_judge_that_keeps_dying_stops_the_run_in_order(tmp_path: Path, head: str) -> None:
+def test_a_judge_that_keeps_dying_stops_the_run_in_order(tmp_path: Path) -> None:
     process = start_training(experiment_file(with_judge(tmp_path, server=SLOW, restarts=0), tmp_path))
     run_dir = tmp_path / "runs" / "tiny"
     wait_for(lambda: len(rows(run_dir)) >= 3, process)
@@ -131,7 +131,6 @@ def test_a_judge_that_keeps_dying_stops_the_run_in_order(tmp_path: Path, head: s
     assert "has ended once more, after 0 restarts (judge.restarts=0); see its log in" in out
     done = len(rows(run_dir)) - 1
     assert checkpoint.load(run_dir)[0] == done >= 2
-    assert main(["train", "--resume", str(run_dir), f"steps={done + 1}", f"placement.ray_address={head}"]) == 0
 
 
 def test_sigterm_to_every_worker_too_loses_no_completed_step(tmp_path: Path, head: str) -> None:

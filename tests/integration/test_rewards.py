@@ -71,12 +71,13 @@ def scored(folder: Path, **changes: Any) -> RunConfig:
     return replace(config, placement=replace(config.placement, rollout_workers=1))
 
 
-def test_the_oracle_alone_is_a_reward_and_a_resume_repeats_it(
+def test_the_oracle_alone_is_a_reward_and_a_resume_goes_on_with_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, run_dir = run(scored(tmp_path, steps=3), tmp_path)
+    status, run_dir = run(scored(tmp_path, steps=2), tmp_path)
+    assert status == 0 and main(["train", "--resume", str(run_dir), "steps=3"]) == 0
     rows = read_metrics(run_dir)
-    assert status == 0 and [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
     for row in rows[1:]:
         assert row["scorer/verdicts"] == 8 and row["scorer/failed"] == 0 and row["reward/masked_share"] == 0
         assert {"scorer/oracle_mean", "reward/light_std", "perf/score_s", "policy/ratio"} <= row.keys()
@@ -90,13 +91,6 @@ def test_the_oracle_alone_is_a_reward_and_a_resume_repeats_it(
         assert part in shown
     assert main(["verdicts", str(run_dir), "--limit", "2", "--full"]) == 0
     assert "0, by oracle" in capsys.readouterr().out
-    status, again = run(scored(tmp_path, steps=2, name="again"), tmp_path)
-    assert status == 0 and main(["train", "--resume", str(again), "steps=3"]) == 0
-    steady = ("reward/", "advantage/", "policy/", "heldout/")
-    for one, other in zip(rows, read_metrics(again), strict=True):
-        assert {k: v for k, v in one.items() if k.startswith(steady)} == {
-            k: v for k, v in other.items() if k.startswith(steady)
-        }
 
 
 def test_a_judge_and_two_scorers_give_one_advantage(tmp_path: Path) -> None:

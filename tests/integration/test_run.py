@@ -61,55 +61,40 @@ def test_a_complete_run_leaves_what_it_promises(straight: Path) -> None:
     assert checkpoint.best(run_dir) == run_dir / "checkpoints" / f"step_{best:06d}"
 
 
-@pytest.mark.usefixtures("joining")
-def test_a_resume_equals_the_run_never_stopped_also_with_another_number_of_workers(
-    straight: Path, tmp_path: Path
+def test_a_run_that_is_stopped_twice_and_resumed_equals_the_run_never_stopped(
+    straight: Path, tmp_path: Path, head: str
 ) -> None:
-    file = experiment(tmp_path, steps=2)
-    run_dir = tmp_path / "runs" / "tiny"
-    assert main(["train", file]) == 0
-    assert main(["train", "--resume", str(run_dir), "steps=4", "placement.rollout_workers=1"]) == 0
-    assert numbers(run_dir) == numbers(straight / "runs" / "tiny")
-
-
-def test_ctrl_c_saves_and_the_resume_equals_the_run_never_stopped(straight: Path, tmp_path: Path, head: str) -> None:
+    """By SIGTERM in its first step, and by Ctrl-C in a later one."""
     config = tiny_config(tmp_path, steps=4)
-    file = experiment(tmp_path, steps=4, checkpoint=replace(config.checkpoint, every=1000))
-    process = start_training(file)
-    run_dir = tmp_path / "runs" / "tiny"
-    wait_for(lambda: run_dir.is_dir() and len(rows(run_dir)) >= 2, process)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole process group
-    out, _ = process.communicate(timeout=120)
-    done = len(rows(run_dir)) - 1
-    assert process.returncode == RESUME_ME, out
-    assert "--resume" in out and checkpoint.load(run_dir)[0] == done < 4
-    assert main(["train", "--resume", str(run_dir), f"placement.ray_address={head}"]) == 0
-    assert numbers(run_dir) == numbers(straight / "runs" / "tiny")
-
-
-def test_a_run_stopped_in_its_first_step_can_be_resumed(straight: Path, tmp_path: Path, head: str) -> None:
-    process = start_training(experiment(tmp_path, steps=4))
+    process = start_training(experiment(tmp_path, steps=4, checkpoint=replace(config.checkpoint, every=1000)))
     run_dir = tmp_path / "runs" / "tiny"
     wait_for(lambda: run_dir.is_dir() and len(rows(run_dir)) >= 1, process)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == RESUME_ME, out
+
+    process = start_training("--resume", str(run_dir))
+    wait_for(lambda: len(rows(run_dir)) >= 2, process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole process group
+    out, _ = process.communicate(timeout=120)
+    done = len(rows(run_dir)) - 1
+    assert process.returncode == RESUME_ME, out
+    assert "--resume" in out and checkpoint.load(run_dir)[0] == done < 4
     # Overrides may stand behind --resume, as `make … RESUME=… ARGS=…` writes them.
-    there = f"placement.ray_address={head}"
-    assert main(["train", "exp.py", "--resume", str(run_dir), "steps=4", there]) == 0
+    assert main(["train", "exp.py", "--resume", str(run_dir), f"placement.ray_address={head}"]) == 0
     assert numbers(run_dir) == numbers(straight / "runs" / "tiny")
 
 
 @pytest.mark.usefixtures("joining")
-def test_a_run_brought_back_from_its_mirror_equals_the_run_never_stopped(
+def test_a_run_brought_back_from_its_mirror_equals_the_run_never_stopped_also_with_fewer_workers(
     straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mirror, run_dir = f"file://{tmp_path}/mirror", tmp_path / "runs" / "tiny"
     file = experiment(tmp_path, steps=2)
-    assert main(["train", file, f"checkpoint.mirror={mirror}", "placement.rollout_workers=1"]) == 0
+    assert main(["train", file, f"checkpoint.mirror={mirror}"]) == 0
     assert f"{mirror}/tiny, of step 2" in capsys.readouterr().out
     shutil.rmtree(run_dir)  # the node is gone
-    assert main(["train", "--resume", f"{mirror}/tiny", "steps=4"]) == 0
+    assert main(["train", "--resume", f"{mirror}/tiny", "steps=4", "placement.rollout_workers=1"]) == 0
     assert f"{mirror}/tiny, of step 4" in capsys.readouterr().out
     assert numbers(run_dir) == numbers(straight / "runs" / "tiny")
     assert [e.step for e in read_verdicts(run_dir / FILE_NAME)] == [
