@@ -8,8 +8,9 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-if "PYTEST_XDIST_WORKER" in os.environ:  # two processes share the cores: threads of one would wait for the other's
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # two processes share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of one would wait for the other's
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's workers, 15 nicer than others by default, would starve
 
 import pytest
 
@@ -31,6 +32,9 @@ def config(tiny_folder: Path) -> RunConfig:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
+    for item in items:  # with --dist loadgroup: one process does all whole runs, the other begins with the rest
+        runs = "integration" in item.path.parts
+        item.add_marker(pytest.mark.xdist_group("whole runs" if runs else str(item.path)))
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none here")
         for item in items:

@@ -1,4 +1,4 @@
-"""Whole runs whose reward comes from in-process scorers: alone, beside a judge, and when they fail."""
+"""Whole runs whose reward comes from in-process scorers: alone, beside a judge, and when one cannot be loaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from grpo_flex.advantages import Gdpo
 from grpo_flex.config import RunConfig
 from grpo_flex.metrics import read_metrics
 from grpo_flex.rewards import Pointwise, Several, WinRate
-from grpo_flex.run import RESUME_ME
 from grpo_flex.scorers import ClipScore
 from grpo_flex.types import Prompt
 from grpo_flex.verdicts import FILE_NAME, read_verdicts
@@ -26,19 +25,6 @@ from tests.integration.processes import experiment_file
 from tests.tiny import save_tiny_clip
 
 pytestmark = pytest.mark.usefixtures("joining")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Moody:
-    """The picture's mean brightness, or an exception where that is an even number (``always``: anyhow)."""
-
-    always: bool = False
-    name: str = "moody"
-
-    def __call__(self, media: np.ndarray, prompt: Prompt) -> Mapping[str, float]:
-        if self.always or int(media.sum()) % 2 == 0:
-            raise RuntimeError("not in the mood")
-        return {"mood": float(media.mean())}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,30 +101,6 @@ def test_a_judge_and_two_scorers_give_one_advantage(tmp_path: Path) -> None:
         assert {"reward/judge/dim_std", "reward/clip_std", "scorer/clip_mean", "advantage/abs_mean"} <= row.keys()
     # Two steps of two groups, and three held-out samples beside the base model's.
     assert entries(run_dir) == {("", 2, "ok"): 24 + 3, ("oracle", 1, "ok"): 16, ("clip", 1, "ok"): 16}
-
-
-def test_a_scorer_that_raises_masks_its_siblings_and_the_run_goes_on(tmp_path: Path) -> None:
-    reward = Pointwise(criteria=("mood",))
-    status, run_dir = run(scored(tmp_path, steps=3, scorers=(Moody(),), reward=reward), tmp_path)
-    rows = read_metrics(run_dir)[1:]
-    assert status == 0 and len(rows) == 3
-    failed = [row["scorer/problem/RuntimeError"] or 0 for row in rows if "scorer/problem/RuntimeError" in row]
-    assert 0 < sum(failed) < 24
-    for row in rows:
-        assert row["reward/masked_share"] == row["advantage/masked_share"] == row["scorer/masked_share"]
-        assert None not in row.values()
-
-
-def test_scorers_that_always_fail_stop_the_run_in_order(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    config = scored(tmp_path, steps=9, scorers=(Moody(always=True),), reward=Pointwise(criteria=("mood",)))
-    status, run_dir = run(config, tmp_path)
-    assert status == RESUME_ME
-    rows = read_metrics(run_dir)
-    assert [row["step"] for row in rows] == [0, 1, 2] and rows[1]["policy/skipped_updates"] == 1
-    assert rows[0]["heldout/oracle"] == rows[2]["heldout/oracle"]  # nothing was learnt from nothing
-    out = capfd.readouterr().out
-    assert "the scorer moody failed for every sibling (RuntimeError: not in the mood)" in out
-    assert "no sibling got a reward in 3 steps running" in out and "then resume" in out
 
 
 def test_a_scorer_whose_model_is_not_there_stops_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

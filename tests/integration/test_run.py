@@ -6,20 +6,18 @@ import json
 import os
 import shutil
 import signal
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from grpo_flex import checkpoint
 from grpo_flex.__main__ import main
-from grpo_flex.config import Evaluation, RunConfig
+from grpo_flex.config import RunConfig
 from grpo_flex.config_file import to_json
 from grpo_flex.metrics import read_metrics
 from grpo_flex.run import RESUME_ME
-from grpo_flex.types import Prompt
 from grpo_flex.verdicts import FILE_NAME, read_verdicts
 from tests.configs import judge_of, tiny_config
 from tests.integration.processes import experiment_file, rows, start_training, wait_for
@@ -103,29 +101,6 @@ def test_a_run_brought_back_from_its_mirror_equals_the_run_never_stopped_also_wi
     assert main(["train", "--resume", f"{mirror}/tiny"]) == 2
     out, err = capsys.readouterr()
     assert "nothing has to be brought back" in out and "has completed its 4 steps" in err
-
-
-@dataclass(frozen=True, kw_only=True)
-class Falling:
-    """A held-out score that is lower each time it is asked for."""
-
-    path: str
-
-    def __call__(self, media: np.ndarray, prompt: Prompt) -> dict[str, float]:
-        with Path(self.path).open("a") as file:
-            file.write("x")
-        return {"falling": -float(Path(self.path).stat().st_size)}
-
-
-@pytest.mark.usefixtures("joining")
-def test_a_run_whose_held_out_score_falls_stops_early(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    scorer = Falling(path=str(tmp_path / "calls"))
-    file = experiment(tmp_path, steps=9, evaluation=Evaluation(every=1, scorer=scorer, stop_after=2))
-    assert main(["train", file, "placement.colocated=true"]) == 0
-    run_dir = tmp_path / "runs" / "tiny"
-    assert [row["step"] for row in read_metrics(run_dir)] == [0, 1, 2] and checkpoint.load(run_dir)[0] == 2
-    out = capsys.readouterr().out
-    assert "stopping early: heldout/falling" in out and "for 2 evaluations running" in out
 
 
 def test_a_configuration_that_does_not_fit_the_checkpoint_changes_nothing(

@@ -1,0 +1,84 @@
+"""Whole runs that take another course than to the end: scorers that fail, a held-out score that falls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from grpo_flex import checkpoint, run
+from grpo_flex.config import Evaluation, RunConfig
+from grpo_flex.metrics import read_metrics
+from grpo_flex.rewards import Pointwise
+from grpo_flex.types import Prompt
+from tests.configs import tiny_config
+from tests.one_process import StandInJudge, in_one_process
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moody:
+    """The picture's mean brightness, or an exception where that is an even number (``always``: anyhow)."""
+
+    always: bool = False
+    name: str = "moody"
+
+    def __call__(self, media: np.ndarray, prompt: Prompt) -> Mapping[str, float]:
+        if self.always or int(media.sum()) % 2 == 0:
+            raise RuntimeError("not in the mood")
+        return {"mood": float(media.mean())}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Falling:
+    """A held-out score that is lower each time it is asked for."""
+
+    path: str
+
+    def __call__(self, media: np.ndarray, prompt: Prompt) -> dict[str, float]:
+        with Path(self.path).open("a") as file:
+            file.write("x")
+        return {"falling": -float(Path(self.path).stat().st_size)}
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_one_process(monkeypatch, StandInJudge(lambda _: 6))
+
+
+def scored(folder: Path, **changes: Any) -> RunConfig:
+    return tiny_config(folder, judge=None, reward=Pointwise(criteria=("mood",)), **changes)
+
+
+def test_a_scorer_that_raises_masks_its_siblings_and_the_run_goes_on(tmp_path: Path) -> None:
+    assert run.train(scored(tmp_path, scorers=(Moody(),))) == 0
+    rows = read_metrics(tmp_path / "runs" / "tiny")[1:]
+    assert len(rows) == 3
+    failed = [row["scorer/problem/RuntimeError"] or 0 for row in rows if "scorer/problem/RuntimeError" in row]
+    assert 0 < sum(failed) < 24
+    for row in rows:
+        assert row["reward/masked_share"] == row["advantage/masked_share"] == row["scorer/masked_share"]
+        assert None not in row.values()
+
+
+def test_scorers_that_always_fail_stop_the_run_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.train(scored(tmp_path, steps=9, scorers=(Moody(always=True),))) == run.RESUME_ME
+    rows = read_metrics(tmp_path / "runs" / "tiny")
+    assert [row["step"] for row in rows] == [0, 1, 2] and rows[1]["policy/skipped_updates"] == 1
+    assert rows[0]["heldout/oracle"] == rows[2]["heldout/oracle"]  # nothing was learnt from nothing
+    out = capsys.readouterr().out
+    assert "the scorer moody failed for every sibling (RuntimeError: not in the mood)" in out
+    assert "no sibling got a reward in 3 steps running" in out and "then resume" in out
+
+
+def test_a_run_whose_held_out_score_falls_stops_early(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scorer = Falling(path=str(tmp_path / "calls"))
+    evaluation = Evaluation(every=1, scorer=scorer, stop_after=2, versus_base=0)
+    assert run.train(scored(tmp_path, steps=9, scorers=(Moody(),), evaluation=evaluation)) == 0
+    run_dir = tmp_path / "runs" / "tiny"
+    assert [row["step"] for row in read_metrics(run_dir)] == [0, 1, 2] and checkpoint.load(run_dir)[0] == 2
+    out = capsys.readouterr().out
+    assert "stopping early: heldout/falling" in out and "for 2 evaluations running" in out
