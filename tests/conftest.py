@@ -29,6 +29,7 @@ def config(tiny_folder: Path) -> RunConfig:
     return tiny_config(tiny_folder)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -43,6 +44,13 @@ def head() -> Iterator[str]:
         assert node.stdin and node.stdout
         yield node.stdout.readline().strip()
         node.stdin.close()
+
+
+@pytest.fixture(autouse=True)
+def swept() -> Iterator[None]:
+    """No actor's handle outlives its test: the next cluster's actors may have the same ids, and would end with the handle."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture
