@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -29,15 +30,24 @@ def config(tiny_folder: Path) -> RunConfig:
     return tiny_config(tiny_folder)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
-    for item in items:  # with --dist loadgroup: one process does all whole runs, the other begins with the rest
-        runs = "integration" in item.path.parts
-        item.add_marker(pytest.mark.xdist_group("whole runs" if runs else str(item.path)))
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none here")
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One process does all whole runs, which take most of the time and would only be in each other's way; others the rest."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class WholeRunsApart(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "whole runs" if "/integration/" in file else file
+
+    return WholeRunsApart(config, log)
