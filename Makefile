@@ -78,8 +78,8 @@ check: setup  ## ruff and pyright
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
 
-test: environments  ## every test, on the CPU, by two processes: one for whole runs
-	$(PY) -m pytest tests --numprocesses 2 --no-loadscope-reorder
+test: environments  ## every test, on the CPU
+	$(PY) -m pytest tests
 
 chaos: setup  ## the chaos test in full: STEPS=200 SEED=0, tens of minutes
 	CHAOS_STEPS=$(or $(STEPS),200) CHAOS_SEED=$(or $(SEED),0) $(PY) -m pytest tests/integration/test_chaos.py

@@ -31,7 +31,6 @@ def full(folder: Path, **placement: Any) -> RunConfig:
     return replace(config, optimizer=replace(config.optimizer, lr=1e-3), placement=placed)
 
 
-@pytest.mark.usefixtures("joining")
 def test_how_weights_travel_and_that_a_worker_dies_does_not_show_in_the_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

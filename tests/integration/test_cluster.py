@@ -130,7 +130,6 @@ def test_what_a_node_takes_along_is_made_again(raylets: Raylets) -> None:
     assert said == ["a died; starting it again"]
 
 
-@pytest.mark.usefixtures("joining")
 def test_sampling_ahead_is_stale_by_so_much_and_a_resume_equals_the_run_never_stopped(tmp_path: Path) -> None:
     config = placed(tmp_path)
     config = replace(config, sampling=replace(config.sampling, lookahead=1))

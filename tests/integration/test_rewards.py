@@ -24,8 +24,6 @@ from tests.configs import tiny_config
 from tests.integration.processes import experiment_file
 from tests.tiny import save_tiny_clip
 
-pytestmark = pytest.mark.usefixtures("joining")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Attributes:
