@@ -290,9 +290,8 @@ class Learner:
         old = self._old if self._moved else ()
         policy = BoundPolicy(self.model, group.conditioning, dynamics, self.weights, old)
         seed = seed_for(self.config.seed, "update", step_index, group.prompt.id)
-        figures: defaultdict[tuple[int, str], list[Tensor]] = defaultdict(
-            list
-        )  # by pass and name, sibling after sibling
+        # By pass and name, sibling after sibling.
+        figures: defaultdict[tuple[int, str], list[Tensor]] = defaultdict(list)
         for part in self._parts_of(len(keep)):
             terms = self.config.objective.terms(policy, group.trajectories.part(part), advantages_G[part], seed)
             for k, term in enumerate(terms):

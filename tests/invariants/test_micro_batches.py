@@ -20,7 +20,7 @@ from grpo_flex.overrides import override
 from grpo_flex.rollout import RolloutWorker
 from grpo_flex.types import Prompt, RolloutGroup
 from tests.invariants.test_learning import nudged
-from tests.invariants.test_sampling import at
+from tests.invariants.test_sampling import at, counting
 
 PROMPT = Prompt(id="p0", text="a red circle on a black background")
 OBJECTIVES = [Guard(clip=1e-3, kl_beta=0.1), Nft(kl_beta=0.1), Dpo()]
@@ -39,14 +39,7 @@ def of_five(config: RunConfig, objective: Any, at_once: int = 0) -> RunConfig:
 
 def sampled(config: RunConfig) -> tuple[RolloutGroup, list[int]]:
     """A group, and how many samples each of the transformer's calls was given."""
-    worker, calls = RolloutWorker(config), list[int]()
-    velocity = worker.model.velocity
-
-    def counted(x: torch.Tensor, sigma: float, conditioning: Any) -> torch.Tensor:
-        calls.append(len(x))
-        return velocity(x, sigma, conditioning)
-
-    worker.model.velocity = counted
+    worker, calls = counting(config)
     return worker.generate(0, PROMPT, nudged(Learner(config))), calls
 
 

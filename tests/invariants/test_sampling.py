@@ -18,10 +18,8 @@ from grpo_flex.types import Prompt, RolloutGroup
 PROMPT = Prompt(id="p0", text="a red circle on a black background")
 
 
-def sampled(config: RunConfig, **changes: Any) -> tuple[RolloutGroup, list[int]]:
-    """A group, and how many siblings each of the transformer's calls was given."""
-    config = replace(config, sampling=replace(config.sampling, **changes))
-    config.validate()
+def counting(config: RunConfig) -> tuple[RolloutWorker, list[int]]:
+    """A worker, and how many siblings each of its transformer's calls was given so far."""
     worker, calls = RolloutWorker(config), list[int]()
     velocity = worker.model.velocity
 
@@ -30,6 +28,14 @@ def sampled(config: RunConfig, **changes: Any) -> tuple[RolloutGroup, list[int]]
         return velocity(x, sigma, conditioning)
 
     worker.model.velocity = counted
+    return worker, calls
+
+
+def sampled(config: RunConfig, **changes: Any) -> tuple[RolloutGroup, list[int]]:
+    """A group, and how many siblings each of the transformer's calls was given."""
+    config = replace(config, sampling=replace(config.sampling, **changes))
+    config.validate()
+    worker, calls = counting(config)
     return worker.generate(0, PROMPT, Learner(config).adapter()), calls
 
 
