@@ -116,11 +116,14 @@ def _judge(config: RunConfig) -> Judge:
 def started(config: RunConfig) -> Iterator[Cluster]:
     """The processes of a run, ready to work."""
     from grpo_flex.cluster import Cluster
+    from grpo_flex.placement import Reservation
 
     quieten()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         server = stack.enter_context(_judge(config).server.start(folder))
-        cluster = stack.enter_context(Cluster(config, Path(folder), server.endpoints))
+        reserved = stack.enter_context(Reservation(config))
+        cluster = stack.enter_context(Cluster(config, reserved))
+        cluster.ask(server.endpoints, Path(folder))
         cluster.wait_until_ready()
         yield cluster
 

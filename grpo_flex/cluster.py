@@ -1,13 +1,10 @@
-"""Ray placement, and nothing else: which actor sits where, and how work reaches it.
+"""A run's actors, and how work reaches them; where each may sit is reserved beforehand (``placement.py``).
 
 The driver holds references and scalars; media, latents and adapters stay in Ray's object store.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,16 +14,16 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import ray
 import ray.exceptions
-from ray.util.placement_group import placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from grpo_flex import verdicts
 from grpo_flex.actors import ColocatedActor, JudgeActor, LearnerActor, RolloutActor, ScorerActor, Scribe
-from grpo_flex.config import ConfigError, Judge, RunConfig
+from grpo_flex.config import Judge, RunConfig
 from grpo_flex.delivery import Delivery
 from grpo_flex.endpoints import EndpointState
 from grpo_flex.fleet import Fleet, Job, Published
 from grpo_flex.learner_group import LearnerGroup
+from grpo_flex.placement import Reservation, asks, learner_names, node_name, worker_names
 from grpo_flex.rollout import HELDOUT_BATCH
 from grpo_flex.scorers import label
 from grpo_flex.types import Adapter, Prompt, Role, RolloutGroup, Sample, UpdateBatch, UpdateResult, Verdict
@@ -43,36 +40,26 @@ PREPARED_TOGETHER = 64
 REVIVED: dict[str, Any] = {"max_restarts": 5, "max_task_retries": 5}
 """Ray's options for an actor that Ray itself starts again: its calls are made again too, so they have to bear that."""
 
-Resources = dict[str, float]
-"""What one process asks for, e.g. {"CPU": 1.0, "GPU": 1.0}; without what it does not need."""
-
 
 class Cluster:
-    """The actors of one run. Use as a context manager: leaving it stops them, and leaves Ray (or stops it, if it is local).
+    """The actors of one run. Use as a context manager: leaving it stops them.
 
     Args:
-        endpoints: where the judge is asked.
-        gpus: those that a local cluster is to have; empty: all that it finds.
+        reserved: the run's place in Ray, which outlasts the actors.
     """
 
-    def __init__(self, config: RunConfig, run_dir: Path, endpoints: tuple[str, ...], gpus: Sequence[str] = ()) -> None:
+    def __init__(self, config: RunConfig, reserved: Reservation) -> None:
         self.config = config
         self.say: Callable[[str], None] = lambda text: None
         """Where to tell a person that a process was lost or joined."""
         self.stopping: Callable[[], bool] = lambda: False
         """Whether the run is being stopped, so that nobody is to be started again."""
         place = config.placement
-        local = connect(config, gpus)
-        try:
-            self._bundles = seats(config)
-            self._group = reserve(self._bundles, 0.0 if local else place.wait_s)
-        except ConfigError:
-            ray.shutdown()
-            raise
-        self._judge = _start_judge(config.judge, endpoints, str((run_dir / verdicts.FILE_NAME).resolve()))
+        self._reserved = reserved
+        self._judge: Any = None
         scorer: Any = ray.remote(ScorerActor)
         self._scorers = {
-            label(s): scorer.options(**REVIVED, **self._seat(label(s))).remote(
+            label(s): scorer.options(**REVIVED, **self._reserved.options(label(s))).remote(
                 s, place.threads_per_worker, place.scorer_gpus
             )
             for s in config.scorers
@@ -88,7 +75,7 @@ class Cluster:
         )
         self._fleet = Fleet(
             self._colocated_worker if place.colocated else self._start_worker,
-            _learner_names(config) if place.colocated else _worker_names(config),
+            learner_names(config) if place.colocated else worker_names(config),
             timeout_s=place.rollout_timeout_s,
             restarts=place.rollout_restarts,
             joining=self._joining,
@@ -105,10 +92,13 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for actor in self._actors().values():
+        """The judge's client and the scorers end when the driver leaves Ray, which makes no call of theirs again."""
+        for actor in self._learners_and_workers().values():
             ray.kill(actor)
-        ray.util.remove_placement_group(self._group)
-        ray.shutdown()
+
+    def ask(self, endpoints: tuple[str, ...], run_dir: Path) -> None:
+        """Start the judge's client, which asks there; the others load their models meanwhile."""
+        self._judge = _start_judge(self.config.judge, endpoints, str((run_dir / verdicts.FILE_NAME).resolve()))
 
     def wait_until_ready(self) -> None:
         """Block until every actor has loaded its model.
@@ -116,6 +106,8 @@ class Cluster:
         Raises:
             ValueError: what a constructor refused (a model that cannot be loaded, targets that match nothing).
         """
+        import torch  # noqa: F401  # a second, which would else be the first checkpoint's
+
         with _plain_errors():
             self._learners.meet()
             self._fleet.wait_until_ready()
@@ -259,7 +251,7 @@ class Cluster:
     def worker_states(self) -> dict[str, str]:
         """What became of each process, e.g. {"rollout-0": "alive, restarted once"}; about a millisecond."""
         restarts = {name: worker.restarts for name, worker in self._fleet.workers.items()}
-        restarts |= dict.fromkeys(_learner_names(self.config), self._learners.restarts)
+        restarts |= dict.fromkeys(learner_names(self.config), self._learners.restarts)
         table = self._table()
         return {
             name: _state(table.get(actor._actor_id.hex(), {}), restarts.get(name, 0))
@@ -271,9 +263,8 @@ class Cluster:
         table, rows = self._table(), []
         for name, actor in self._actors().items():
             where = table.get(actor._actor_id.hex(), {}).get("Address", {})
-            node = _node(where.get("IPAddress", "?"), where.get("NodeID", ""))
-            asked = self._bundles.get(name, {})
-            rows.append((name, node, ", ".join(f"{n:g} {kind}" for kind, n in asked.items()) or "-"))
+            node = node_name(where.get("IPAddress", "?"), where.get("NodeID", ""))
+            rows.append((name, node, self._reserved.spell(name)))
         return rows
 
     def _table(self) -> dict[str, Any]:
@@ -282,42 +273,33 @@ class Cluster:
 
         return actors(job_id=ray.JobID.from_hex(ray.get_runtime_context().get_job_id()))
 
+    def _learners_and_workers(self) -> dict[str, Any]:
+        learners = dict(zip(learner_names(self.config), self._learners.actors, strict=True))
+        return {name: worker.actor for name, worker in sorted(self._fleet.workers.items())} | learners
+
     def _actors(self) -> dict[str, Any]:
-        learners = dict(zip(_learner_names(self.config), self._learners.actors, strict=True))
-        workers = {name: worker.actor for name, worker in sorted(self._fleet.workers.items())}
-        return workers | learners | self._scorers | {"judge client": self._judge}
+        return self._learners_and_workers() | self._scorers | ({"judge client": self._judge} if self._judge else {})
 
     # ------------------------------------------------------------ starting
-
-    def _seat(self, name: str) -> dict[str, Any]:
-        """Ray's options for a process: its bundle of the reservation, or, for one that joined, any free place."""
-        asked = self._bundles.get(name, {})
-        options: dict[str, Any] = {"num_cpus": asked.get("CPU", 0.0), "num_gpus": asked.get("GPU", 0.0)}
-        if name not in self._reserved:
-            return options
-        strategy = PlacementGroupSchedulingStrategy(self._group, self._reserved.index(name))
-        return options | {"scheduling_strategy": strategy}
-
-    @property
-    def _reserved(self) -> list[str]:
-        return [name for name, asked in self._bundles.items() if asked][: self._group.bundle_count]
 
     def _start_worker(self, name: str, lost: Any = None) -> Any:
         actor: Any = ray.remote(RolloutActor)
         device = "cuda" if self.config.placement.rollout_gpus else "cpu"
-        return actor.options(**self._seat(name)).remote(self.config, device, name)
+        return actor.options(**self._reserved.options(name)).remote(self.config, device, name)
 
     def _start_learner(self, rank: int) -> Any:
         place = self.config.placement
         actor: Any = ray.remote(ColocatedActor if place.colocated else LearnerActor)
-        name = _learner_names(self.config)[rank]
-        return actor.options(**self._seat(name)).remote(self.config, "cuda" if place.learner_gpus else "cpu", rank)
+        name = learner_names(self.config)[rank]
+        return actor.options(**self._reserved.options(name)).remote(
+            self.config, "cuda" if place.learner_gpus else "cpu", rank
+        )
 
     def _colocated_worker(self, name: str, lost: Any = None) -> Any:
         """The learner of that name; started again, with all others, if it is the one that is lost."""
         if lost is not None:
             self._learners.replace(lost)
-        return self._learners.actors[_learner_names(self.config).index(name)]
+        return self._learners.actors[learner_names(self.config).index(name)]
 
     def _joining(self, there: int) -> str | None:
         """The name of one more worker, if ``placement.rollout_workers_max`` allows it and a node has room."""
@@ -325,109 +307,12 @@ class Cluster:
         if place.colocated or there >= place.rollout_workers_max or time.monotonic() < self._next_join:
             return None
         self._next_join = time.monotonic() + JOIN_S
-        asked = _asks(place.rollout_cpus, place.rollout_gpus)
-        if not any(_has(free, asked) for free in _free_by_node().values()):
-            return None
         name = next(n for i in range(place.rollout_workers_max) if (n := f"rollout-{i}") not in self._fleet.workers)
-        self._bundles.setdefault(name, asked)
-        return name
+        return name if self._reserved.room_for_one_more(name, asks(place.rollout_cpus, place.rollout_gpus)) else None
 
 
 JOIN_S = 5.0
 """Between two looks for room for one more worker."""
-
-
-def seats(config: RunConfig) -> dict[str, Resources]:
-    """Every process by name with what it asks for, in the order of the reservation."""
-    place = config.placement
-    learners = dict.fromkeys(_learner_names(config), _asks(place.learner_cpus, place.learner_gpus))
-    workers = [] if place.colocated else _worker_names(config)
-    rollout = dict.fromkeys(workers, _asks(place.rollout_cpus, place.rollout_gpus))
-    return learners | rollout | {label(s): _asks(place.scorer_cpus, place.scorer_gpus) for s in config.scorers}
-
-
-def in_all(seats: dict[str, Resources], kind: str) -> float:
-    return sum(asked.get(kind, 0.0) for asked in seats.values())
-
-
-def _learner_names(config: RunConfig) -> list[str]:
-    count = config.placement.learners
-    return ["learner"] if count == 1 else [f"learner-{rank}" for rank in range(count)]
-
-
-def _worker_names(config: RunConfig) -> list[str]:
-    return [f"rollout-{i}" for i in range(config.placement.rollout_workers)]
-
-
-def _asks(cpus: float, gpus: float) -> Resources:
-    return {kind: float(n) for kind, n in (("CPU", cpus), ("GPU", gpus)) if n}
-
-
-def reserve(wanted: dict[str, Resources], wait_s: float) -> Any:
-    """A placement group with one bundle for each process that asks for something, in the order of ``wanted``.
-
-    Args:
-        wait_s: how long an autoscaler may take to start the nodes.
-
-    Raises:
-        ConfigError: the cluster does not offer that much, in all or on single nodes.
-    """
-    until = time.monotonic() + wait_s
-    while complaint := _too_little(wanted):
-        if time.monotonic() > until:
-            raise ConfigError(complaint)
-        time.sleep(min(1.0, wait_s))
-    bundles = [asked for asked in wanted.values() if asked]
-    group = placement_group(bundles or [{"CPU": 0.001}], strategy="PACK")
-    if not group.wait(max(RESERVE_S, until - time.monotonic())):
-        ray.util.remove_placement_group(group)
-        free = "; ".join(f"{node}: {_spell(has)}" for node, has in sorted(_free_by_node().items()))
-        asked = ", ".join(f"{name} {_spell(ask)}" for name, ask in wanted.items())
-        raise ConfigError(
-            f"placement cannot be met: no arrangement on these nodes holds {asked} (free: {free}); something else may be "
-            "running there; ask for less with placement.*, or wait longer with placement.wait_s"
-        )
-    return group
-
-
-RESERVE_S = 30.0
-"""How long Ray may take to reserve what is free."""
-
-
-def _too_little(wanted: dict[str, Resources]) -> str | None:
-    """What the whole cluster lacks."""
-    there = ray.cluster_resources()
-    for kind in ("CPU", "GPU"):
-        needed = in_all(wanted, kind)
-        if needed > there.get(kind, 0.0):
-            parts = ", ".join(f"{name} {asked[kind]:g}" for name, asked in wanted.items() if kind in asked)
-            return (
-                f"placement needs {needed:g} {kind}s ({parts}), but the Ray cluster has {there.get(kind, 0.0):g}; lower "
-                f"placement.rollout_workers, placement.learners or placement.*_{kind.lower()}s"
-            )
-    return None
-
-
-def _free_by_node() -> dict[str, Resources]:
-    """Each living node -> what nobody uses there."""
-    from ray._private.state import available_resources_per_node
-
-    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    free: dict[str, Any] = available_resources_per_node()
-    return {_node(addresses[i], i): dict(has) for i, has in free.items() if i in addresses}
-
-
-def _node(address: str, node_id: str) -> str:
-    """A node's name for a person: several may share an address."""
-    return f"{address}/{node_id[:4]}"
-
-
-def _has(free: Resources, asked: Resources) -> bool:
-    return all(free.get(kind, 0.0) >= n for kind, n in asked.items())
-
-
-def _spell(resources: Resources) -> str:
-    return " ".join(f"{resources.get(kind, 0.0):g} {kind}" for kind in ("CPU", "GPU") if kind in resources) or "nothing"
 
 
 def _start_judge(judge: Judge | None, endpoints: tuple[str, ...], verdict_path: str) -> Any:
@@ -456,57 +341,3 @@ def _plain_errors() -> Iterator[None]:
         if isinstance(error.cause, ValueError):
             raise ValueError(str(error.cause)) from error
         raise
-
-
-def _listens(address: str, timeout_s: float = 5.0) -> bool:
-    """Whether something accepts connections there; True for addresses without a port ("auto"), which Ray resolves."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdigit():
-        return True
-    try:
-        with socket.create_connection((host.strip("[]") or "127.0.0.1", int(port)), timeout_s):
-            return True
-    except OSError:
-        return False
-
-
-def connect(config: RunConfig, gpus: Sequence[str] = ()) -> bool:
-    """Join the announced Ray cluster, or start a local one, with these GPUs or all; True if it is ours to shut down."""
-    address = config.placement.ray_address or os.environ.get("RAY_ADDRESS", "")
-    if address:
-        if not _listens(address):  # Ray itself goes on trying for minutes
-            raise ConfigError(
-                f"no Ray cluster answers at '{address}' (placement.ray_address or RAY_ADDRESS); start one with `ray start --head`, or leave both empty for a local one"
-            )
-        try:
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-        except ConnectionError as error:
-            raise ConfigError(
-                f"what listens at '{address}' (placement.ray_address or RAY_ADDRESS) does not let this process join: is it a "
-                "Ray cluster? One that was started while its user had a token wants that token (~/.ray/auth_token) and "
-                "RAY_AUTH_MODE=token here too; see docs/cluster.md"
-            ) from error
-        return False
-    # Rollout and update take turns on a small machine, so logical CPUs may exceed the real ones.
-    cpus = max(os.cpu_count() or 1, int(in_all(seats(config), "CPU") + 0.999))
-    with _seeing(gpus):
-        ray.init(
-            address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False
-        )
-    return True
-
-
-@contextmanager
-def _seeing(gpus: Sequence[str]) -> Iterator[None]:
-    """What is started meanwhile sees these GPUs alone; all, where there are none of them."""
-    name = "CUDA_VISIBLE_DEVICES"
-    before = os.environ.get(name)
-    if gpus:
-        os.environ[name] = ",".join(gpus)
-    try:
-        yield
-    finally:
-        if before is not None:
-            os.environ[name] = before
-        elif gpus:
-            del os.environ[name]

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from grpo_flex.config import Judge
+
 
 class JudgeAway(Exception):
     """The judge is gone for longer, or more often, than the configuration bears. The message says what to do."""
@@ -38,9 +40,9 @@ class JudgeServer:
         self._handle.stop()
 
     @property
-    def gpus(self) -> tuple[tuple[str, ...], ...]:
-        """This machine's GPUs that the judge has, for each endpoint; empty where the handle names none."""
-        return tuple(getattr(self._handle, "gpus", ()))
+    def reserved(self) -> tuple[str, ...]:
+        """What each endpoint's server has for itself, in words; "-" where the handle does not say."""
+        return getattr(self._handle, "reserved", ("-",) * len(self.endpoints))
 
     @property
     def ended(self) -> bool:
@@ -71,6 +73,16 @@ class JudgeServer:
                 "where the run asks: give judge.server a fixed port, then resume"
             )
         return ""
+
+
+def gpus_of(judge: Judge | None) -> list[str]:
+    """This machine's GPUs that a judge will have once the run has started it, if its settings can tell.
+
+    Raises:
+        ValueError: it would not find enough.
+    """
+    tell = getattr(judge.server, "gpus_here", None) if judge else None
+    return [gpu for gpus in tell() for gpu in gpus] if tell else []
 
 
 def _at(server: Any, endpoint: str) -> Any:

@@ -27,7 +27,6 @@ from grpo_flex.types import Adapter
 if TYPE_CHECKING:
     from ray.exceptions import RayError
 
-    from grpo_flex.cluster import Cluster
     from grpo_flex.console import Console
     from grpo_flex.judge_server import JudgeServer
     from grpo_flex.train import Trainer
@@ -104,9 +103,7 @@ def train(config: RunConfig, resume: Path | None = None) -> int:
     check_room(config, _say)
     if place := config.checkpoint.mirror:
         check_writable(place)
-    # Until the loop has its own handler, a SIGTERM unwinds like a Ctrl-C and leaves nothing half made.
-    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a background job of a shell is started deaf to it
-        signal.signal(number, signal.default_int_handler)
+    _unwind_on_signals()
     with ExitStack() as stack:
         run_dir = resume or stack.enter_context(_fresh_run_dir(config))
         mirror = stack.enter_context(Mirror(place, run_dir, _say)) if place else None
@@ -117,6 +114,12 @@ def train(config: RunConfig, resume: Path | None = None) -> int:
         status = _run_to_the_end(trainer)
     _finish(run_dir, config, status, mirror)
     return status
+
+
+def _unwind_on_signals() -> None:
+    """Until the loop has its own handlers, a SIGTERM unwinds like a Ctrl-C and leaves nothing half made."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a background job of a shell is started deaf to it
+        signal.signal(number, signal.default_int_handler)
 
 
 def _basis(config: RunConfig, train: Sequence[Prompt], heldout: Sequence[Prompt]) -> dict[str, str]:
@@ -156,17 +159,29 @@ def _assemble(
     basis: Mapping[str, str],
 ) -> Trainer:
     """Start everything; the stack stops it again in reverse order. Heavy imports happen here."""
-    from grpo_flex.cluster import Cluster, in_all, seats
+    from grpo_flex.cluster import Cluster
     from grpo_flex.console import Console
+    from grpo_flex.judge_server import gpus_of
     from grpo_flex.metrics import RunLog
     from grpo_flex.pictures import fps_of
+    from grpo_flex.placement import Reservation, in_all, seats
     from grpo_flex.train import Trainer
 
-    server = stack.enter_context(_judge_server(config.judge, run_dir))
-    endpoints = _check_judge(config.judge, server)
-    taken = server.gpus if server else ()
-    left = apart(config, [gpu for gpus in taken for gpu in gpus], in_all(seats(config), "GPU"), _say)
-    cluster = stack.enter_context(Cluster(config, run_dir, endpoints, left))
+    judge, endpoints = config.judge, ()
+    if judge is not None and judge.server is None:
+        endpoints = _check_judge(judge, judge.endpoints)
+    taken, needed = gpus_of(judge), in_all(seats(config), "GPU")
+    left = apart(config, taken, needed, _say)
+    reserved = stack.enter_context(Reservation(config, left))  # before a judge is started, which takes minutes
+    _unwind_on_signals()  # Ray has its own idea of SIGTERM
+    start = partial(_judge_server, judge, run_dir)
+    # On a GPU of the others' a judge comes first, because it takes a share of what it finds free; else they load beside it.
+    first = stack.enter_context(start()) if taken and needed and not left else None
+    cluster = stack.enter_context(Cluster(config, reserved))
+    server = first or stack.enter_context(start())
+    if judge is not None and server is not None:
+        endpoints = _check_judge(judge, server.endpoints)
+    cluster.ask(endpoints, run_dir)
     cluster.wait_until_ready()
     cluster.prepare([*prompts.prompts, *heldout])
     if kept := config.generator.memory.encodings:
@@ -178,8 +193,8 @@ def _assemble(
     log = stack.enter_context(RunLog(run_dir, config, done if state else None, fps_of(config.generator)))
     console = stack.enter_context(Console(config.steps, done, run_dir.name, run_dir=run_dir))
     cluster.say = console.note
-    judges = dict(zip(endpoints, taken or [()] * len(endpoints), strict=True))
-    _show_seating(cluster, judges, run_dir, console)
+    judges = zip(endpoints, server.reserved if server else ["-"] * len(endpoints), strict=True)
+    _show_seating([*cluster.seating(), *(("judge", *judge) for judge in judges)], run_dir, console)
     ahead = [Adapter(version=version, tensors=tensors) for version, tensors in (state or {}).get("ahead", ())]
     return Trainer(
         config, cluster, log, console,
@@ -187,10 +202,9 @@ def _assemble(
     )  # fmt: skip
 
 
-def _show_seating(cluster: Cluster, judges: Mapping[str, Sequence[str]], run_dir: Path, console: Console) -> None:
-    """Print who sits where, and keep it in placement.txt; ``judges``: what is known of each endpoint's GPUs."""
-    rows = [("process", "node", "reserved"), *cluster.seating()]
-    rows += [("judge", url, f"GPU {', '.join(gpus)}, beside Ray" if gpus else "-") for url, gpus in judges.items()]
+def _show_seating(seating: Sequence[tuple[str, str, str]], run_dir: Path, console: Console) -> None:
+    """Print who sits where, and keep it in placement.txt."""
+    rows = [("process", "node", "reserved"), *seating]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     table = "\n".join("  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip() for row in rows)
     (run_dir / "placement.txt").write_text(table + "\n")
@@ -358,17 +372,14 @@ def _judge_server(judge: Judge | None, run_dir: Path) -> AbstractContextManager[
     )
 
 
-def _check_judge(judge: Judge | None, server: JudgeServer | None) -> tuple[str, ...]:
-    """The endpoints to ask; each was asked once for its models.
+def _check_judge(judge: Judge, endpoints: tuple[str, ...]) -> tuple[str, ...]:
+    """These endpoints; each was asked once for its models.
 
     Raises:
         JudgeUnreachable: none can be used.
     """
     from grpo_flex.judging import check_endpoints
 
-    if judge is None:
-        return ()
-    endpoints = judge.endpoints if server is None else server.endpoints
     for complaint in check_endpoints(endpoints, judge.model, _auth(judge)):
         _say(f"warning: {complaint}; going on with the other judges")
     return endpoints

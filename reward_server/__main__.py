@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from reward_server import commands as preference_commands
-from reward_server import machine, training_commands
+from reward_server import training_commands
 from reward_server.presets import PRESETS
 from reward_server.serve import Hosted, VllmJudge, command, from_settings, refuse, start_here
 
@@ -78,6 +78,9 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
         "--ray-address", default="", metavar="HOST:PORT", help="make the replicas actors of this Ray cluster"
     )
     parser.add_argument(
+        "--wait-s", type=float, default=DEFAULTS.wait_s, metavar="S", help="how long that cluster may take to have room"
+    )
+    parser.add_argument(
         "--start-s", type=float, default=DEFAULTS.start_s, metavar="S", help="how long the start may take"
     )
     parser.add_argument("--log-dir", default="", help="where vLLM's output goes; without it a new temporary folder")
@@ -129,8 +132,7 @@ def _serve(arguments: argparse.Namespace, extra: list[str]) -> int:
     judge = from_settings(arguments.settings) if arguments.settings else _wanted(arguments, extra)
     refuse(judge)
     if arguments.dry_run:
-        on_gpu = judge.device == "gpu" or (judge.device == "auto" and machine.has_gpu())
-        print(shlex.join(command(judge, judge.model or judge.settings().model, judge.port, on_gpu)))
+        print(shlex.join(command(judge, judge.model or judge.settings().model, judge.port, judge.on_gpu())))
         return 0
     log_dir = Path(arguments.log_dir or tempfile.mkdtemp(prefix="grpo-flex-judge-"))
     _note(f"starting {judge.model or judge.settings().model}; vLLM's output goes to {log_dir}/judge_*.log")
@@ -157,7 +159,7 @@ def _serve(arguments: argparse.Namespace, extra: list[str]) -> int:
 def _wanted(arguments: argparse.Namespace, extra: list[str]) -> VllmJudge:
     shared = (
         "preset", "model", "served_name", "replicas", "tensor_parallel", "device", "host", "port", "max_model_len",
-        "kv_cache_gb", "cpu_threads", "gpu_memory", "python", "ray_address", "start_s",
+        "kv_cache_gb", "cpu_threads", "gpu_memory", "python", "ray_address", "wait_s", "start_s",
     )  # fmt: skip
     gpus = tuple(part.strip() for part in arguments.gpu.split(",") if part.strip())
     return VllmJudge(**{name: getattr(arguments, name) for name in shared}, gpus=gpus, extra=tuple(extra))
@@ -182,7 +184,7 @@ def _announce(hosted: Hosted, judge: VllmJudge, ready_file: str, seconds: float)
     )
     if ready_file:
         part = Path(ready_file + ".part")
-        part.write_text("\n".join(hosted.endpoints))
+        part.write_text("\n".join(map(" ".join, zip(hosted.endpoints, hosted.reserved, strict=True))))
         os.replace(part, ready_file)  # whoever waits for the file finds it whole
 
 

@@ -1,4 +1,4 @@
-"""Replicas as Ray actors: one vLLM server each, on whatever node has its GPUs.
+"""Replicas as Ray actors: one vLLM server each, on whatever node has its GPUs, in a placement group of their own.
 
 The actor is only a keeper's parent: when the actor, its node's Ray or the process that made it goes, so does vLLM.
 Every node needs the repository and the judge's environment under the same path. The API key travels as an
@@ -53,12 +53,15 @@ class RayJudge:
 
     def __init__(self, judge: VllmJudge, log_dir: Path) -> None:
         self._ray = connect(judge.ray)
-        on_gpu = self._room_for(judge)
-        make: Any = self._ray.remote(ReplicaActor).options(
-            num_gpus=tensor_parallel(judge) if on_gpu else 0, num_cpus=0, scheduling_strategy="SPREAD"
-        )
+        try:
+            on_gpu = self._on_gpu(judge)
+            self._group = self._reserve(judge, asked := _asks(judge, on_gpu))
+        except ValueError:
+            self._ray.shutdown()
+            raise
+        self.reserved = (", ".join(f"{n:g} {kind}" for kind, n in asked.items()) or "-",) * judge.replicas
         self._told: set[int] = set()
-        self._actors = [make.remote() for _ in range(judge.replicas)]
+        self._actors = [self._seated(k, asked) for k in range(judge.replicas)]
         starting = [
             actor.start.remote(
                 judge,
@@ -75,23 +78,45 @@ class RayJudge:
             self.stop()
             raise _plain(error) from error
 
-    def _room_for(self, judge: VllmJudge) -> bool:
-        """Whether the replicas go on GPUs. Raises ValueError where they do not fit or could not be reached."""
+    def _on_gpu(self, judge: VllmJudge) -> bool:
+        """Whether the replicas go on GPUs. Raises ValueError where they could not be reached."""
         nodes = [n for n in self._ray.nodes() if n["Alive"]]
         if len(nodes) > 1 and machine.is_loopback(judge.host):
             raise ValueError(
                 f"the Ray cluster has {len(nodes)} nodes, and replicas that listen on {judge.host} cannot be reached from "
                 f"another: give --host 0.0.0.0 and an API key in {judge.api_key_env}"
             )
-        free = self._ray.available_resources().get("GPU", 0)
-        on_gpu = judge.device == "gpu" or (judge.device == "auto" and "GPU" in self._ray.cluster_resources())
-        needed = judge.replicas * tensor_parallel(judge)
-        if on_gpu and free < needed:
+        return judge.device == "gpu" or (judge.device == "auto" and "GPU" in self._ray.cluster_resources())
+
+    def _reserve(self, judge: VllmJudge, asked: dict[str, float]) -> Any:
+        """A placement group with a bundle for each replica, on as many nodes as possible; None if they ask for nothing."""
+        if not asked:
+            return None
+        from ray.util.placement_group import placement_group, remove_placement_group
+
+        (kind, each), *_ = asked.items()
+        free, needed = self._ray.available_resources().get(kind, 0), judge.replicas * each
+        wait_s = judge.wait_s if free < needed else max(RESERVE_S, judge.wait_s)
+        # What is asked for and not there is what makes an autoscaler start nodes.
+        group = placement_group([asked] * judge.replicas, strategy="SPREAD")
+        if not group.wait(wait_s):
+            remove_placement_group(group)
+            whose = f"{free:g} free" if free < needed else f"{free:g} free, but not so many together on single nodes"
             raise ValueError(
-                f"{judge.replicas} replicas × tensor parallel size {tensor_parallel(judge)} need {needed} GPUs, and "
-                f"the Ray cluster has {free:g} free"
+                f"{judge.replicas} replicas × {each:g} {kind}s each need {needed:g} {kind}s, and the Ray cluster has {whose}: "
+                "fewer replicas, a smaller tensor parallel size, or --wait-s for a cluster that grows"
             )
-        return on_gpu
+        return group
+
+    def _seated(self, k: int, asked: dict[str, float]) -> Any:
+        """The actor of replica ``k``, in its bundle."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        where = PlacementGroupSchedulingStrategy(self._group, k) if self._group else "SPREAD"
+        make: Any = self._ray.remote(ReplicaActor)
+        return make.options(
+            num_cpus=asked.get("CPU", 0), num_gpus=asked.get("GPU", 0), scheduling_strategy=where
+        ).remote()
 
     def alive(self) -> bool:
         return len(self._told) < len(self._actors)
@@ -120,6 +145,16 @@ class RayJudge:
         for actor in self._actors:
             self._ray.kill(actor)  # also one that is still starting: its keeper notices
         self._ray.shutdown()
+
+
+RESERVE_S = 30.0
+"""How long Ray may take to reserve what is free."""
+
+
+def _asks(judge: VllmJudge, on_gpu: bool) -> dict[str, float]:
+    """What one replica reserves. On a CPU only what ``cpu_threads`` says: vLLM's own choice is known to nobody else."""
+    cpus = {"CPU": float(judge.cpu_threads)} if judge.cpu_threads else {}
+    return {"GPU": float(tensor_parallel(judge))} if on_gpu else cpus
 
 
 def connect(address: str) -> Any:

@@ -68,6 +68,8 @@ class VllmJudge:
     ray_address: str = ""
     """The Ray cluster whose actors the replicas become; empty: RAY_ADDRESS, and none if that is not set either;
     "none": no Ray."""
+    wait_s: float = 0.0
+    """How long a Ray cluster may take to offer what the replicas reserve, e.g. until an autoscaler has started nodes."""
     start_s: float = 1800.0
     """How long the start may take: the first one downloads the model."""
 
@@ -91,6 +93,8 @@ class VllmJudge:
             yield "kv_cache_gb", f"is {self.kv_cache_gb}; it needs at least 1 (GB)"
         if not 0 < self.gpu_memory <= 1:
             yield "gpu_memory", f"is {self.gpu_memory}; it is a share, above 0 and up to 1"
+        if not self.wait_s >= 0:
+            yield "wait_s", f"is {self.wait_s}; it needs to be 0 seconds or more"
         if not self.start_s > 0:
             yield "start_s", f"is {self.start_s}; it needs to be above 0 seconds"
         if self.gpus and self.device == "cpu":
@@ -107,6 +111,20 @@ class VllmJudge:
     @property
     def key(self) -> str:
         return os.environ.get(self.api_key_env, "")
+
+    def on_gpu(self) -> bool:
+        """Whether replicas on this machine go on its GPUs."""
+        return self.device == "gpu" or (self.device == "auto" and machine.has_gpu())
+
+    def gpus_here(self) -> list[tuple[str, ...]]:
+        """This machine's GPUs that each replica will get; empty where Ray deals them out, or none is used.
+
+        Raises:
+            ValueError: there are too few.
+        """
+        if self.ray or not self.on_gpu():
+            return [()] * self.replicas
+        return machine.share_gpus(self.gpus, self.replicas, tensor_parallel(self))
 
     def settings(self) -> Preset:
         """What the preset, or the model's own, says."""
@@ -129,6 +147,8 @@ class Hosted(Protocol):
     """A running judge, wherever its replicas are."""
 
     endpoints: tuple[str, ...]
+    reserved: tuple[str, ...]
+    """What each of them has for itself, in words."""
 
     def alive(self) -> bool:
         """Whether any replica still runs; that it answers is for the client to find out."""
@@ -142,14 +162,13 @@ class Hosted(Protocol):
 
 
 class RunningJudge:
-    """Started servers: ``endpoints``, ``gpus``, ``pid``, ``alive()`` and ``stop()``; also a context manager."""
+    """Started servers: ``endpoints``, ``reserved``, ``pid``, ``alive()`` and ``stop()``; also a context manager."""
 
-    def __init__(self, kept: Sequence[Kept], endpoints: Sequence[str], gpus: Sequence[Sequence[str]] = ()) -> None:
+    def __init__(self, kept: Sequence[Kept], endpoints: Sequence[str], reserved: Sequence[str]) -> None:
         self._kept = list(kept)
         self._told: set[int] = set()
         self.endpoints = tuple(endpoints)
-        self.gpus = tuple(map(tuple, gpus))
-        """Of this machine, for each endpoint; empty where Ray deals them out."""
+        self.reserved = tuple(reserved)
         self.pids = tuple(k.pid for k in kept)
         """The keepers'; each ends its server when it is told to end."""
         self.pid = self.pids[0]
@@ -255,23 +274,22 @@ def environment(judge: VllmJudge, key: str, offline: bool, gpus: Sequence[str], 
 
 def start_here(judge: VllmJudge, log_dir: Path) -> RunningJudge:
     """Starts all replicas on this machine at once, then waits for each."""
-    on_gpu = judge.device == "gpu" or (judge.device == "auto" and machine.has_gpu())
-    each = tensor_parallel(judge)
-    shares = machine.share_gpus(judge.gpus, judge.replicas, each) if on_gpu else [()] * judge.replicas
+    shares = judge.gpus_here()
     with ExitStack() as started:
         replicas = []
         # Consecutive also where nobody chose them: started again at the first one's port, all come back as they were.
         first = machine.free_ports(judge.host, judge.port, judge.replicas)
         for k, gpus in enumerate(shares):
             port = first + k
-            replica = Replica(judge, judge.key, on_gpu, gpus, port, log_dir / f"judge_{k}.log")
+            replica = Replica(judge, judge.key, judge.on_gpu(), gpus, port, log_dir / f"judge_{k}.log")
             started.callback(replica.kept.stop)
             replicas.append(replica)
         deadline = time.monotonic() + judge.start_s
         for replica in replicas:
             replica.wait(deadline)
         started.pop_all()
-    return RunningJudge([r.kept for r in replicas], [r.endpoint for r in replicas], shares)
+    words = [f"GPU {', '.join(gpus)}, beside Ray" if gpus else "-" for gpus in shares]
+    return RunningJudge([r.kept for r in replicas], [r.endpoint for r in replicas], words)
 
 
 class Replica:
@@ -327,13 +345,14 @@ def start_beside_ray(judge: VllmJudge, log_dir: Path) -> RunningJudge:
     with ExitStack() as started:
         kept = Kept(words, os.environ | {"PYTHONPATH": path}, log)
         started.callback(kept.stop)
-        deadline = time.monotonic() + judge.start_s + 60
+        deadline = time.monotonic() + judge.wait_s + judge.start_s + 60
         while not ready.exists():
             if not kept.alive() or time.monotonic() > deadline:
                 raise ValueError(f"the judge did not start on Ray at {judge.ray!r}: {_said(log)}")
             time.sleep(0.2)
         started.pop_all()
-    return RunningJudge([kept], ready.read_text().split())
+    lines = [line.partition(" ") for line in ready.read_text().splitlines()]
+    return RunningJudge([kept], [url for url, _, _ in lines], [words for _, _, words in lines])
 
 
 def _said(log: Path) -> str:

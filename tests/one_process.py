@@ -6,6 +6,7 @@ The process samples, learns and saves in its own time; a function says how many 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from grpo_flex import cluster, judging, report, train
+from grpo_flex import cluster, judging, placement, report, train
 from grpo_flex.config import RunConfig
 from grpo_flex.fleet import Job
 from grpo_flex.learner import Learner
@@ -59,6 +60,7 @@ class OneProcess:
         return self
 
     def __exit__(self, *_: object) -> None: ...
+    def ask(self, *_: object) -> None: ...
     def wait_until_ready(self) -> None: ...
     def tend(self) -> None: ...
     def close_judge(self) -> None: ...
@@ -128,4 +130,5 @@ def in_one_process(monkeypatch: pytest.MonkeyPatch, judge: StandInJudge) -> list
         return made[-1]
 
     monkeypatch.setattr(cluster, "Cluster", start)
+    monkeypatch.setattr(placement, "Reservation", lambda *_: nullcontext())
     return made

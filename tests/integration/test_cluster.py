@@ -16,7 +16,7 @@ import ray
 from ray.cluster_utils import Cluster as Raylets
 from ray.exceptions import ObjectLostError
 
-from grpo_flex import cluster
+from grpo_flex import placement
 from grpo_flex.__main__ import main
 from grpo_flex.config import ConfigError, RunConfig
 from grpo_flex.fleet import Fleet
@@ -24,10 +24,13 @@ from grpo_flex.metrics import read_metrics
 from grpo_flex.run import RESUME_ME
 from grpo_flex.train import Flight, Trainer
 from grpo_flex.verdicts import FILE_NAME, read_verdicts
+from testbed.oracle_judge import OracleJudge
 from tests.configs import judge_of, tiny_config
 from tests.integration.processes import descendants, experiment_file, rows, start_training, wait_for
 from tests.integration.test_outages import SLOW
+from tests.integration.test_rewards import scored
 from tests.integration.test_run import numbers, refused
+from tests.one_process import StandInJudge, in_one_process
 from tests.unit.test_fleet import lost_with_its_node
 
 STEPS = 4
@@ -35,7 +38,8 @@ STEPS = 4
 
 def placed(folder: Path, **placement: Any) -> RunConfig:
     config = tiny_config(folder, steps=STEPS)
-    return replace(config, placement=replace(config.placement, learners=2, **placement))
+    apart = {"learners": 2, "rollout_workers": 2} | placement
+    return replace(config, placement=replace(config.placement, **apart))
 
 
 @pytest.fixture
@@ -130,32 +134,35 @@ def test_what_a_node_takes_along_is_made_again(raylets: Raylets) -> None:
     assert said == ["a died; starting it again"]
 
 
-def test_sampling_ahead_is_stale_by_so_much_and_a_resume_equals_the_run_never_stopped(tmp_path: Path) -> None:
-    config = placed(tmp_path)
+def test_sampling_ahead_is_stale_by_so_much_and_a_resume_equals_the_run_never_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a cluster and stopped, and in one process and never stopped."""
+    config = scored(tmp_path, steps=STEPS)
     config = replace(config, sampling=replace(config.sampling, lookahead=1))
-    few = replace(config.placement, learners=1, rollout_workers=1)
-    file = experiment_file(replace(config, placement=few), tmp_path)
+    process = start_training(file := experiment_file(config, tmp_path))
+    stopped = tmp_path / "runs" / "tiny"
+    wait_for(lambda: len(rows(stopped)) >= 2, process)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=300)
+    if process.returncode == RESUME_ME:  # it may have been at its last step
+        assert main(["train", "--resume", str(stopped)]) == 0
+
+    in_one_process(monkeypatch, StandInJudge(lambda _: 0))
     assert main(["train", file]) == 0
-    straight = tmp_path / "runs" / "tiny"
+    straight = tmp_path / "runs" / "tiny-2"
     assert [row["policy/staleness"] for row in read_metrics(straight)[1:]] == [0, 1, 1, 1]
     # At staleness 0 sampler and learner agree bit for bit; at 1 the first ratio tells how far an update went.
     away = [row["policy/first_log_ratio_abs"] for row in read_metrics(straight)[1:]]
     assert away[0] == 0 and all(a is not None and a > 0 for a in away[1:])
-
-    process = start_training(file)
-    again = tmp_path / "runs" / "tiny-2"
-    wait_for(lambda: len(rows(again)) >= 3, process)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=300)
-    if process.returncode == RESUME_ME:  # it may have been at its last step
-        assert main(["train", "--resume", str(again)]) == 0
-    assert numbers(again) == numbers(straight), out
+    assert numbers(stopped) == numbers(straight), out
 
 
 def test_what_a_cluster_does_not_offer_is_refused_before_anything_starts(
     raylets: Raylets, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "RESERVE_S", 3.0)
+    monkeypatch.setattr(placement, "RESERVE_S", 3.0)
+    monkeypatch.setattr(OracleJudge, "start", lambda *_: pytest.fail("the judge was started"))
     there = {"ray_address": raylets.address, "wait_s": 0.0}
     message = refused(placed(tmp_path, rollout_workers=5, **there), tmp_path, capsys)
     assert "placement needs 7 CPUs" in message and "has 4" in message and "placement.rollout_workers" in message

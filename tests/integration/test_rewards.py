@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,33 +51,10 @@ def entries(run_dir: Path) -> Counter[tuple[str, int, str]]:
 
 def scored(folder: Path, **changes: Any) -> RunConfig:
     reward = Pointwise(criteria=("oracle", "light"), weights=(1.0, 1.0))
-    config = tiny_config(folder, **({"judge": None, "scorers": (Attributes(),), "reward": reward} | changes))
-    return replace(config, placement=replace(config.placement, rollout_workers=1))
+    return tiny_config(folder, **({"judge": None, "scorers": (Attributes(),), "reward": reward} | changes))
 
 
-def test_the_oracle_alone_is_a_reward_and_a_resume_goes_on_with_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    status, run_dir = run(scored(tmp_path, steps=2), tmp_path)
-    assert status == 0 and main(["train", "--resume", str(run_dir), "steps=3"]) == 0
-    rows = read_metrics(run_dir)
-    assert [row["step"] for row in rows] == [0, 1, 2, 3]
-    for row in rows[1:]:
-        assert row["scorer/verdicts"] == 8 and row["scorer/failed"] == 0 and row["reward/masked_share"] == 0
-        assert {"scorer/oracle_mean", "reward/light_std", "perf/score_s", "policy/ratio"} <= row.keys()
-        assert not [key for key in row if key.startswith("judge/")] and None not in row.values()
-        assert row["policy/grad_norm"]
-    assert entries(run_dir) == {("oracle", 1, "ok"): 24}
-    capsys.readouterr()
-    assert main(["status", str(run_dir)]) == 0
-    shown = capsys.readouterr().out
-    for part in ("step 3 of 3", " · score ", "oracle: alive", "rollout-0: alive", "learner: alive", "step_000003"):
-        assert part in shown
-    assert main(["verdicts", str(run_dir), "--limit", "2", "--full"]) == 0
-    assert "0, by oracle" in capsys.readouterr().out
-
-
-def test_a_judge_and_two_scorers_give_one_advantage(tmp_path: Path) -> None:
+def test_a_judge_and_two_scorers_give_one_advantage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     clip = ClipScore(model=save_tiny_clip(tmp_path / "clip"))
     reward = Several(
         names=("judge", "oracle", "clip"),
@@ -99,6 +76,13 @@ def test_a_judge_and_two_scorers_give_one_advantage(tmp_path: Path) -> None:
         assert {"reward/judge/dim_std", "reward/clip_std", "scorer/clip_mean", "advantage/abs_mean"} <= row.keys()
     # Two steps of two groups, and three held-out samples beside the base model's.
     assert entries(run_dir) == {("", 2, "ok"): 24 + 3, ("oracle", 1, "ok"): 16, ("clip", 1, "ok"): 16}
+    capsys.readouterr()
+    assert main(["status", str(run_dir)]) == 0
+    shown = capsys.readouterr().out
+    for part in ("step 2 of 2", " · score ", "oracle: alive", "rollout-0: alive", "learner: alive", "step_000002"):
+        assert part in shown
+    assert main(["verdicts", str(run_dir), "--limit", "30", "--full"]) == 0
+    assert "0, by oracle" in capsys.readouterr().out
 
 
 def test_a_scorer_whose_model_is_not_there_stops_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

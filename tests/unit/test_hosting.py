@@ -17,6 +17,7 @@ import pytest
 
 from grpo_flex.config import Judge
 from grpo_flex.config_file import from_json, to_json
+from grpo_flex.judge_server import gpus_of
 from grpo_flex.pairing import RoundRobin
 from reward_server import machine
 from reward_server.__main__ import main
@@ -211,13 +212,14 @@ def test_it_starts_answers_and_leaves_nothing(tmp_path: Path) -> None:
 
 def test_replicas_are_started_again_where_they_were(tmp_path: Path) -> None:
     settings = fake_judge(tmp_path, device="gpu", gpus=("5", "6", "7"), replicas=3)
+    assert gpus_of(Judge(family=Flex(), server=settings)) == ["5", "6", "7"]
     with settings.start(tmp_path / "logs") as judge:
         ports = [int(url.rpartition(":")[2].removesuffix("/v1")) for url in judge.endpoints]
         assert ports == [ports[0], ports[0] + 1, ports[0] + 2]
         assert [known["environment"]["CUDA_VISIBLE_DEVICES"] for known in started(tmp_path)] == ["5", "6", "7"]
         os.kill(judge.pids[1], signal.SIGTERM)
         assert living([judge.pids[1]], 10) == []
-        assert judge.alive()
+        assert judge.alive() and judge.reserved == ("GPU 5, beside Ray", "GPU 6, beside Ray", "GPU 7, beside Ray")
         assert "ended with status 0" in judge.losses()[0] and judge.losses() == []
     with replace(settings, port=ports[0]).start(tmp_path / "logs") as again:
         assert again.endpoints == judge.endpoints
