@@ -2,8 +2,8 @@
 
 One learner and seven rollout workers on eight GPUs; the judge runs elsewhere. Published are 2 steps of gradient
 accumulation, which do not say how many updates a rollout feeds: the two updates here are our own choice, as are the prompts a
-step and the placement. Nobody has run this recipe yet. Held-out clips have the training's size (the paper evaluates at
-480×832). The starter prompts only show the format: give your own with prompts.train=… and prompts.heldout=….
+step and the placement. Nobody has run this recipe yet. Held-out clips are evaluated at 480×832, as
+published, six at a time (``micro_batch``), which is what 80 GiB hold. The starter prompts only show the format: give your own with prompts.train=… and prompts.heldout=….
 """
 
 from grpo_flex.advantages import GroupRelative
@@ -37,7 +37,12 @@ def config() -> RunConfig:
             per_step=32,
         ),
         sampling=Sampling(
-            group_size=6, steps=20, eval_steps=30, dynamics=FlowSde(a=0.7), window=RandomFraction(fraction=0.8)
+            group_size=6,
+            micro_batch=6,
+            steps=20,
+            eval_steps=30,
+            dynamics=FlowSde(a=0.7),
+            window=RandomFraction(fraction=0.8),
         ),
         judge=Judge(
             family=Flex(medium="video"),
@@ -50,7 +55,7 @@ def config() -> RunConfig:
         objective=Guard(clip=1e-4, kl_beta=0.004),
         adapter=Adapter(rank=64, alpha=128),
         optimizer=Optimizer(lr=3e-5, updates_per_rollout=2),
-        evaluation=Evaluation(every=20),
+        evaluation=Evaluation(every=20, height=480, width=832),
         checkpoint=Checkpoint(every=5),
         placement=Placement(rollout_workers=7, rollout_gpus=1, learner_gpus=1),
     )

@@ -1,7 +1,8 @@
 """`wan21_14b_flex.py` with Wan2.2-T2V-A14B: an adapter for each of its two experts, and a pull to the base that adapts itself.
 
 The boundary between the experts is the model's own, 0.875. Nobody has run this recipe yet; ``kl_target`` is our guess. The
-learner holds both experts, which two cards share, so all groups of a step train the same noise levels (`python -m grpo_flex plan experiments/wan22_a14b_flex.py --gpus 8`).
+learners share out both experts, so all groups of a step train the same noise levels; a worker holds both beside the text
+encoder, which leaves room for three clips at once (`python -m grpo_flex plan experiments/wan22_a14b_flex.py --gpus 8`).
 """
 
 from experiments import wan21_14b_flex
@@ -16,6 +17,7 @@ def config() -> RunConfig:
         "generator.guidance=4.0",
         "generator.guidance_2=3.0",
         "sampling.window.shared=true",
+        "sampling.micro_batch=3",
         "objective.kl_target=1e-4",
         "optimizer.lr=4e-5",
         "placement.learners=2",

@@ -11,8 +11,8 @@ walks the tree, gives every complaint its full dotted name and raises one ``Conf
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from grpo_flex.dynamics import Ode
 from grpo_flex.field_types import fits, hints, is_finite, is_part, spell
@@ -310,6 +310,11 @@ class Evaluation:
     """A picklable callable ``(media uint8 [F,H,W,3], Prompt) -> {"name": value}``; logged as heldout/name.
     None: held-out samples are drawn and shown, not scored."""
     samples_per_prompt: int = 1
+    height: int = 0
+    """Of held-out samples, and of the base model's beside them; 0: ``generator.height``."""
+    width: int = 0
+    shift: float = 0.0
+    """Time shift of their σ schedule, which larger samples may want higher; 0: ``generator.shift``."""
     grid: int = 24
     """Pictures in the before-and-after grid."""
     versus_base: int = 24
@@ -325,7 +330,7 @@ class Evaluation:
         for name in ("every", "samples_per_prompt", "grid"):
             if getattr(self, name) < 1:
                 yield name, f"is {getattr(self, name)}; it needs at least 1"
-        for name in ("versus_base", "stop_after", "stop_drop"):
+        for name in (*SIZE, "versus_base", "stop_after", "stop_drop"):
             if getattr(self, name) < 0:
                 yield name, f"is {getattr(self, name)}; it cannot be negative"
         if self.stop_after and self.scorer is None and not self.stop_on:
@@ -335,6 +340,10 @@ class Evaluation:
             )
         if self.scorer is not None and not callable(self.scorer):
             yield "scorer", f"is {self.scorer!r}; it needs to be callable as scorer(media, prompt)"
+
+
+SIZE = ("height", "width", "shift")
+"""What held-out samples may have different from those of the training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -488,6 +497,7 @@ class RunConfig:
         if self.placement.broadcast:
             yield from self._no_broadcast()
         yield from reward_problems(self)
+        yield from self._heldout_size()
         if self.placement.colocated and self.sampling.lookahead:
             yield (
                 "sampling.lookahead",
@@ -512,6 +522,21 @@ class RunConfig:
                 f"is {self.placement.learners}, but an update has {most} groups (prompts.per_step / "
                 "optimizer.updates_per_rollout): some learners would have nothing to do",
             )
+
+    @property
+    def heldout_generator(self) -> Generator:
+        """The generator at the size of held-out samples."""
+        given = {name: value for name in SIZE if (value := getattr(self.evaluation, name))}
+        return replace(cast("Any", self.generator), **given) if given else self.generator
+
+    def _heldout_size(self) -> Iterator[Problem]:
+        given = [name for name in SIZE if getattr(self.evaluation, name) > 0]
+        for name in (name for name in given if not hasattr(self.generator, name)):
+            yield f"evaluation.{name}", f"is set, but {type(self.generator).__name__} has no {name}; leave it at 0"
+            return
+        if given and hasattr(self.generator, "problems"):
+            asked: Any = self.heldout_generator
+            yield from ((f"evaluation.{name}", text) for name, text in asked.problems() if name in given)
 
     def _whole_weights(self, full: Full) -> Iterator[Problem]:
         """What full fine-tuning does not go with."""

@@ -288,14 +288,18 @@ def _worker(config: RunConfig) -> tuple[Process, int, int, int]:
 
     threads, live, size = torch.get_num_threads(), LiveBytes(), config.sampling.group_size
     with live, torch.no_grad():
-        model: Any = RolloutWorker(_traceable(config), "meta").model
+        worker = RolloutWorker(_traceable(config), "meta")
+        model: Any = worker.model
+        heldout_model: Any = worker.heldout_model
         told = stand_in(model)
     torch.set_num_threads(threads)
     adapter = live.now - sum(_weights(_traceable(config), _modules(model.pipeline)).values())
     if isinstance(config.adapter, Full):
         adapter = 0  # nothing of the kind; what is left are buffers
     group = _samples(config, model, told, live, size)
-    heldout = _samples(config, model, told, live, HELDOUT_BATCH * config.evaluation.samples_per_prompt)
+    heldout = _samples(
+        config, heldout_model, stand_in(heldout_model), live, HELDOUT_BATCH * config.evaluation.samples_per_prompt
+    )
     kept = _trajectories(config, model.latent_shape, size)
     tensors = [t for t in (kept.latents_GKNC, kept.next_latents_GKNC, kept.means_GKNC, kept.final_GNC) if t is not None]
     path = sum(t.nbytes for t in tensors)

@@ -116,14 +116,16 @@ class RolloutWorker:
         import torch
 
         self.use(adapter)
-        config, seed = self.config.evaluation, self.config.seed
+        config, seed, model = self.config.evaluation, self.config.seed, self.heldout_model
         copies = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
         seeds = [seed_for(seed, "heldout", p.id, i) for p in prompts for i in range(config.samples_per_prompt)]
         media = list[np.ndarray]()
         with torch.no_grad():
             for part in self._parts(seeds):
-                conditioning = _together(self.model.encode(copies[part]))
-                media += self.model.decode(self.sample_ode(conditioning, seeds[part], self.config.sampling.eval_steps))
+                conditioning = _together(model.encode(copies[part]))
+                media += model.decode(
+                    self.sample_ode(conditioning, seeds[part], self.config.sampling.eval_steps, model)
+                )
         return [
             Sample(prompt=p, media=m, scores={**(config.scorer(m, p) if config.scorer else {}), **motion(m)})
             for p, m in zip(copies, media, strict=True)
@@ -153,11 +155,19 @@ class RolloutWorker:
         fill(self.weights.held())
         self.loaded = (version, role)
 
-    def sample_ode(self, conditioning: Conditioning, seeds: Sequence[int], steps: int) -> Tensor:
-        """Clean latents [len(seeds), N, C] by the held-out samples' solver."""
-        x, past = self._noise(seeds), None
-        for sigma, sigma_next in pairwise(self.model.sigmas(steps)):
-            v = self.model.velocity(x, sigma, conditioning)
+    @property
+    def heldout_model(self) -> Model:
+        """The model, for samples of the size of held-out ones."""
+        return self.model.resized(self.config.heldout_generator)
+
+    def sample_ode(
+        self, conditioning: Conditioning, seeds: Sequence[int], steps: int, model: Model | None = None
+    ) -> Tensor:
+        """Clean latents [len(seeds), N, C] by the held-out samples' solver; ``model``: the same for another size."""
+        model = model or self.model
+        x, past = self._noise(seeds, model), None
+        for sigma, sigma_next in pairwise(model.sigmas(steps)):
+            v = model.velocity(x, sigma, conditioning)
             x, past = self.config.sampling.eval_solver.advance(x, v, sigma, sigma_next, past), Past(v, sigma)
         return x
 
@@ -210,9 +220,10 @@ class RolloutWorker:
             objective.keeps_final,
         )
 
-    def _noise(self, seeds: Sequence[int]) -> Tensor:
+    def _noise(self, seeds: Sequence[int], model: Model | None = None) -> Tensor:
         """Initial noise, one draw a seed, made on the CPU so that every device gets the same numbers."""
-        return _normal(self.model.latent_shape, [_generator(seed_for(s, "start")) for s in seeds]).to(self.model.device)
+        model = model or self.model
+        return _normal(model.latent_shape, [_generator(seed_for(s, "start")) for s in seeds]).to(model.device)
 
 
 @dataclass(kw_only=True)

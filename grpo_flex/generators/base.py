@@ -80,6 +80,14 @@ class Model(Protocol):
         """v(x_σ, σ) for latents [B, N, C] that share one conditioning; float32 [B, N, C]."""
         ...
 
+    def resized(self, generator: Any) -> Model:
+        """The same weights for samples of another size: what ``generator`` differs in is height, width or shift.
+
+        Raises:
+            ValueError: an impossible size.
+        """
+        ...
+
     def decode(self, x: Tensor) -> list[np.ndarray]:
         """Clean latents [B, N, C] to media, uint8 [F, H, W, 3] each; an image has F = 1."""
         ...
@@ -173,10 +181,32 @@ def load_pipeline(pipeline: str, model: str, **options: Any) -> Any:
     diffusers.utils.logging.disable_progress_bar()  # a person sees what the run says of itself
     try:
         return getattr(diffusers, pipeline).from_pretrained(model, **options)
-    except (OSError, ValueError, AttributeError, TypeError, RuntimeError, ImportError, HTTPError) as error:
-        raise ValueError(
-            f"generator.model {model!r} cannot be loaded as a {pipeline}: {error}\n{_way_out(error, pipeline, model)}"
-        ) from error
+    except (*_UNLOADABLE, HTTPError) as error:
+        raise _refusal(error, pipeline, model) from error
+
+
+def load_tokenizer(pipeline: str, folder: str, name: str) -> Any:
+    """The tokenizer of that name of a pipeline that was saved in a folder, without importing diffusers or torch.
+
+    Raises:
+        ValueError: as ``load_pipeline``.
+    """
+    import transformers
+
+    try:
+        _, found = json.loads((Path(folder) / "model_index.json").read_text())[name]
+        return getattr(transformers, found).from_pretrained(folder, subfolder=name)
+    except (*_UNLOADABLE, KeyError) as error:
+        raise _refusal(error, pipeline, folder) from error
+
+
+_UNLOADABLE = (OSError, ValueError, AttributeError, TypeError, RuntimeError, ImportError)
+
+
+def _refusal(error: Exception, pipeline: str, model: str) -> ValueError:
+    return ValueError(
+        f"generator.model {model!r} cannot be loaded as a {pipeline}: {error}\n{_way_out(error, pipeline, model)}"
+    )
 
 
 def _way_out(error: BaseException | None, pipeline: str, model: str) -> str:

@@ -72,13 +72,13 @@ class FluxModel(PictureModel):
         "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out",
     )  # fmt: skip
 
-    def __init__(self, config: Flux, device: str) -> None:
+    def _fit(self) -> None:
         import torch
 
-        super().__init__(config, device)
-        self._ids = self.pipeline._prepare_latent_image_ids(1, *self._grid, torch.device(device), torch.float32)
-        if config.edits:
-            self._ids = torch.cat([self._ids, self._ids + torch.tensor([1.0, 0.0, 0.0], device=device)])
+        super()._fit()
+        self._ids = self.pipeline._prepare_latent_image_ids(1, *self._grid, torch.device(self.device), torch.float32)
+        if self.config.edits:
+            self._ids = torch.cat([self._ids, self._ids + torch.tensor([1.0, 0.0, 0.0], device=self.device)])
 
     def _text(self, stock: Any, text: str) -> Conditioning:
         length = self.config.max_sequence_length

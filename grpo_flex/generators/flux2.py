@@ -71,6 +71,7 @@ class Flux2Dev(Picture):
 
     pipeline: ClassVar[str] = "Flux2Pipeline"
     example: ClassVar[str] = "black-forest-labs/FLUX.2-dev"
+    templates: ClassVar[bool] = True
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from super().problems()
@@ -99,8 +100,6 @@ class Flux2KleinModel(PictureModel):
     """A loaded Flux2KleinPipeline."""
 
     def __init__(self, config: Flux2Klein | Flux2Dev, device: str) -> None:
-        import torch
-
         super().__init__(config, device)
         blocks = len(self.transformer.single_transformer_blocks)
         self.adapter_targets = (
@@ -111,11 +110,16 @@ class Flux2KleinModel(PictureModel):
             # Spelt out, because in the double blocks "attn.to_out" is a list of layers.
             *(f"single_transformer_blocks.{i}.attn.to_out" for i in range(blocks)),
         )  # fmt: skip
+
+    def _fit(self) -> None:
+        import torch
+
+        super()._fit()
         blank = torch.zeros(1, 1, *self._grid)
         self._ids = self.pipeline._prepare_latent_ids(blank)
-        if config.edits:
+        if self.config.edits:
             self._ids = torch.cat([self._ids, self.pipeline._prepare_image_ids([blank])], dim=1)
-        self._ids = self._ids.to(device)
+        self._ids = self._ids.to(self.device)
 
     def _other_branch(self) -> tuple[str, ...]:
         return ("",) if self.config.guidance > 1 and not self.pipeline.config.is_distilled else ()

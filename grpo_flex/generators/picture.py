@@ -9,13 +9,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from grpo_flex.dynamics import shifted_sigmas
-from grpo_flex.generators.base import check_weights, folder_problems, load_pipeline, write_denoiser, write_lora
+from grpo_flex.generators.base import (
+    check_weights,
+    folder_problems,
+    load_pipeline,
+    load_tokenizer,
+    write_denoiser,
+    write_lora,
+)
 from grpo_flex.generators.encodings import Encodings, fingerprint
 from grpo_flex.generators.memory import Memory
 from grpo_flex.sources import fitted_source, read_source
@@ -57,6 +66,8 @@ class Picture:
     """The components that only prompts need."""
     tokenizer: ClassVar[str] = "tokenizer"
     """Of the encoder that reads the whole prompt."""
+    templates: ClassVar[bool] = False
+    """Whether the stock pipeline itself says what stands around a prompt."""
     longest: ClassVar[int] = 512
     """The most tokens that the stock pipeline takes."""
     edits: ClassVar[bool] = False
@@ -82,7 +93,12 @@ class Picture:
         yield from folder_problems(self.model, self.pipeline, self.example, ("transformer", "vae", *self.texts))
 
     def tokenizers(self) -> Any:
-        """The pipeline with nothing but the tokenizer that reads the whole prompt."""
+        """The pipeline with nothing but the tokenizer that reads the whole prompt.
+
+        Of a folder's pipeline that tokenizer alone: importing diffusers takes seconds, and every run begins with this.
+        """
+        if Path(self.model).is_dir() and not self.templates:
+            return SimpleNamespace(**{self.tokenizer: load_tokenizer(self.pipeline, self.model, self.tokenizer)})
         parts = (*self.denoisers, "vae", *self.texts)
         without: dict[str, Any] = {part: None for part in parts if part != self.tokenizer}
         return load_pipeline(self.pipeline, self.model, **without)
@@ -121,17 +137,29 @@ class PictureModel:
         self.device, self.dtype = device, getattr(torch, config.dtype)
         self.pipeline = self._load()
         self.transformer: Any = self.pipeline.transformer
-        multiple = self.pipeline.vae_scale_factor * 2
+        self._fit()
+        self._texts: Any = None
+        settings = (config.pipeline, config.max_sequence_length, config.dtype)
+        key = fingerprint(config.model, *settings) if config.memory.encodings else ""
+        self._encodings = Encodings(config.memory.encodings, key, self._encode_text, self._rest)
+
+    def _fit(self) -> None:
+        """What depends on the size of the samples."""
+        config, multiple = self.config, self.pipeline.vae_scale_factor * 2
         if config.height % multiple or config.width % multiple:
             raise ValueError(
                 f"generator.height × width is {config.height}×{config.width}; {config.model} needs multiples of {multiple}"
             )
         self._grid = (config.height // multiple, config.width // multiple)
         self.latent_shape = self._latent_shape()
-        self._texts: Any = None
-        settings = (config.pipeline, config.max_sequence_length, config.dtype)
-        key = fingerprint(config.model, *settings) if config.memory.encodings else ""
-        self._encodings = Encodings(config.memory.encodings, key, self._encode_text, self._rest)
+
+    def resized(self, generator: Picture) -> Self:
+        if generator == self.config:
+            return self
+        other = copy(self)
+        other.config = generator
+        other._fit()
+        return other
 
     def _load(self) -> Any:
         """Everything but the text encoders, frozen, each part where it belongs."""

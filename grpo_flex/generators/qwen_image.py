@@ -33,6 +33,7 @@ class QwenImage(Picture):
 
     pipeline: ClassVar[str] = "QwenImagePipeline"
     example: ClassVar[str] = "Qwen/Qwen-Image"
+    templates: ClassVar[bool] = True
     longest: ClassVar[int] = 1024
 
     def problems(self) -> Iterator[tuple[str, str]]:

@@ -148,7 +148,7 @@ class WanModel(PictureModel):
     def _latent_shape(self) -> tuple[int, int]:
         folded = (self.config.frames - 1) // self.pipeline.vae_scale_factor_temporal + 1
         self._clip = (folded, 2 * self._grid[0], 2 * self._grid[1])
-        return folded * 4 * self._grid[0] * self._grid[1], self.transformer.config.in_channels
+        return folded * 4 * self._grid[0] * self._grid[1], self.pipeline.transformer.config.in_channels
 
     def _other_branch(self) -> tuple[str, ...]:
         return (self.config.negative,) if self.config.guidance > 1 else ()

@@ -75,7 +75,7 @@ class Pair:
         source = {"image": Image.open(self.prompt.reference["source"])} if self.prompt.reference else {}
         call: dict[str, Any] = {"max_sequence_length": self.model.config.max_sequence_length} | source | self.case.call
         return 255 * self.stock(
-            prompt=TEXT, height=SIZE, width=SIZE, num_inference_steps=STEPS, latents=noise,
+            prompt=TEXT, height=SIZE, width=self.model.config.width, num_inference_steps=STEPS, latents=noise,
             num_images_per_prompt=len(noise), output_type="np", **call,
         ).images  # fmt: skip
 
@@ -105,10 +105,11 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Pair(case, stock, generator.load("cpu"), prompt)
 
 
-def _source(folder: Path) -> str:
-    pixels = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(folder / "source.png")
-    return str(folder / "source.png")
+def _source(folder: Path, width: int = SIZE) -> str:
+    pixels = np.random.default_rng(0).integers(0, 256, (SIZE, width, 3), dtype=np.uint8)
+    path = folder / f"source_{width}.png"
+    Image.fromarray(pixels).save(path)
+    return str(path)
 
 
 def noise_of(pair: Pair, batch: int = 2) -> torch.Tensor:
@@ -120,6 +121,21 @@ def test_pictures_are_the_stock_pipelines(pair: Pair) -> None:
     expected, ours = pair.expected(noise), pair.sampled(noise)
     assert np.abs(expected - expected[:1]).max() > 2  # the noise shows, so equality says something
     assert np.abs(expected - ours).max() <= 0.51  # ours are rounded
+
+
+def test_so_are_those_of_another_size_than_the_models(pair: Pair, tmp_path: Path) -> None:
+    config, width = pair.model.config, 2 * SIZE
+    wider = pair.model.resized(replace(config, width=width))
+    prompt = replace(pair.prompt, reference={"source": _source(tmp_path, width)}) if config.edits else pair.prompt
+    area = {"max_area": SIZE * width} if "max_area" in pair.case.call else {}
+    wide = replace(pair, model=wider, prompt=prompt, case=replace(pair.case, call={**pair.case.call, **area}))
+    noise = noise_of(wide)
+    expected, ours = wide.expected(noise), wide.sampled(noise)
+    assert ours.shape == (2, SIZE, width, 3)
+    assert np.abs(expected - ours).max() <= 0.51
+    assert pair.model.resized(config) is pair.model and pair.model.config.width == SIZE
+    with pytest.raises(ValueError, match="needs multiples of"):
+        pair.model.resized(replace(config, width=SIZE + 1))
 
 
 def test_the_limit_is_counted_in_the_tokens_that_the_model_sees(pair: Pair) -> None:

@@ -16,14 +16,16 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
 
-from grpo_flex.config import RunConfig
+from grpo_flex.config import ConfigError, RunConfig
 from grpo_flex.evaluate import read_lora
 from grpo_flex.generators.memory import Memory
 from grpo_flex.generators.wan import EXPERTS, Wan
 from grpo_flex.learner import BoundPolicy, Learner
 from grpo_flex.objectives.nft import Nft
-from grpo_flex.rollout import RolloutWorker, motion
+from grpo_flex.rollout import UNTRAINED, RolloutWorker, motion
 from grpo_flex.types import Adapter, Prompt
+from reward_server.families.flex import Flex
+from tests.configs import judge_of
 from tests.tiny import tiny_wan
 
 PROMPT = Prompt(id="p0", text="a red circle on a black background")
@@ -107,6 +109,26 @@ def test_sampler_without_noise_equals_the_diffusers_pipeline(
     for a, b in zip(ours, theirs, strict=True):
         assert np.abs(a.astype(int) - (b * 255).round().astype(int)).max() <= 1  # one grey level of rounding
     assert np.ptp(ours[0]) > 20  # there is something to see
+
+
+def test_heldout_clips_of_another_size_are_those_of_a_generator_of_that_size(
+    config: RunConfig, folders: dict[int, str]
+) -> None:
+    large = {"width": 64, "shift": 5.0}
+    evaluation = replace(config.evaluation, scorer=None, **large)
+    judge = replace(judge_of(config), family=Flex(medium="video"))
+    changed = configured(config, wan(folders[2]), evaluation=evaluation, judge=judge)
+    changed.validate()
+    worker = RolloutWorker(changed)
+    (ours,) = worker.evaluate([PROMPT], UNTRAINED)
+    expected = RolloutWorker(
+        configured(config, wan(folders[2], **large), evaluation=replace(config.evaluation, scorer=None))
+    )
+    assert ours.media.shape == (5, 32, 64, 3)
+    assert np.array_equal(ours.media, expected.evaluate([PROMPT], UNTRAINED)[0].media)
+    assert worker.generate(0, PROMPT, UNTRAINED).media_G[0].shape == (5, 32, 32, 3)
+    with pytest.raises(ConfigError, match=r"evaluation\.width is 65; Wan packs"):
+        replace(changed, evaluation=replace(evaluation, width=65)).validate()
 
 
 def test_slices_and_recomputed_activations_change_no_number(config: RunConfig, folders: dict[int, str]) -> None:
