@@ -10,6 +10,8 @@ PRESET ?= $(if $(MODEL),,flex-qwen3vl-8b)
 # Pictures, numbers and tests never depend on the outside: no telemetry, no hub look-ups unless asked for.
 export RAY_USAGE_STATS_ENABLED := 0
 export WANDB_ERROR_REPORTING := false
+# Where this is set, as in many images, every process of a run compiles all that it imports anew: it starts half as fast.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-judge environments serve-judge train-image-grpo train-video-grpo testbed-models train-judge train-video-judge evaluate check test chaos clean
@@ -22,8 +24,9 @@ setup: $(VENV)/.done  ## make the trainer's environment, .venv
 $(VENV)/.done: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; give another: make setup PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	# Python compiles what it imports; compiling all that is installed takes longer than installing it.
 	$(PY) -m pip install --quiet --no-compile --editable '.[dev]'
+	@# Compiling all that is installed takes longer than installing it; this compiles what every run imports.
+	@$(PY) -c 'import datasets, peft, ray, wandb; from diffusers import FluxPipeline, WanPipeline' 2>/dev/null
 	@touch $@
 
 environments:

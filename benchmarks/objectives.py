@@ -288,6 +288,17 @@ def summary(result: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def judged(result: Mapping[str, Any]) -> np.ndarray:
+    """[points of the curve] verdicts that were asked for until then."""
+    total = np.cumsum([0.0, *(s["verdicts"] for s in result["steps"])])
+    return total[[int(point["step"]) for point in result["curve"]]]
+
+
+def at_budget(result: Mapping[str, Any], verdicts: float) -> float:
+    """The held-out score after so many verdicts, between two evaluations by a straight line."""
+    return float(np.interp(verdicts, judged(result), [point["oracle"] for point in result["curve"]]))
+
+
 def results(out: Path) -> dict[str, list[dict[str, Any]]]:
     """The finished runs by configuration, best mean first."""
     found: dict[str, list[dict[str, Any]]] = {}
@@ -298,10 +309,11 @@ def results(out: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def table(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Markdown: mean over seeds, with the range of the held-out score."""
+    """Markdown: mean over seeds, with the range of the held-out score; also at the judge budget that every run has used."""
+    budget = min(judged(run)[-1] for runs in found.values() for run in runs)
     head = (
-        "objective-sampler | seeds | held-out oracle | gain | best | steps | steps to +0.15 | s to +0.15 "
-        "| forwards (k) | verdicts (k) | diversity left"
+        f"objective-sampler | seeds | held-out oracle | gain | best | at {budget / 1000:.1f} k verdicts | steps "
+        "| steps to +0.15 | s to +0.15 | forwards (k) | verdicts (k) | diversity left"
     )
     lines = [f"| {head} |", "|---" + "|---:" * head.count("|") + "|"]
     for name, runs in found.items():
@@ -310,6 +322,7 @@ def table(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         oracle = f"{values['oracle'].mean():.3f} ({values['oracle'].min():.3f}–{values['oracle'].max():.3f})"
         cells = [
             name, str(len(rows)), oracle, f"{values['gain'].mean():+.3f}", f"{values['best'].mean():.3f}",
+            f"{np.mean([at_budget(run, budget) for run in runs]):.3f}",
             f"{values['steps'].mean():.0f}", _of_those(values["goal_steps"]), _of_those(values["goal_seconds"]),
             f"{values['forwards'].mean() / 1000:.0f}", f"{values['verdicts'].mean() / 1000:.0f}", f"{values['diversity'].mean():.2f}",
         ]  # fmt: skip

@@ -29,7 +29,6 @@ from grpo_flex.rewards import WinRate
 from grpo_flex.types import Prompt
 from reward_server.families.flex import Flex
 from testbed.oracle_judge import OracleJudge
-from tests.tiny import save_tiny_flux, write_prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +41,11 @@ class Brightness:
 
 def tiny_config(folder: Path, **changes: Any) -> RunConfig:
     """A valid configuration whose files lie in ``folder``; ``changes`` replace its parts."""
+    from tests.tiny import (
+        save_tiny_flux,
+        write_prompts,
+    )  # diffusers: a run that imports this module's scorer does without
+
     model = folder / "tiny_flux"
     if not model.is_dir():
         save_tiny_flux(model)
@@ -62,7 +66,7 @@ def tiny_config(folder: Path, **changes: Any) -> RunConfig:
         adapter=Adapter(rank=4, alpha=8),
         optimizer=Optimizer(lr=1e-2, ema=0.5),
         evaluation=Evaluation(every=2, scorer=Brightness()),
-        placement=Placement(rollout_workers=2, rollout_cpus=1, learner_cpus=1, learner_threads=1),
+        placement=Placement(rollout_workers=1, rollout_cpus=1, learner_cpus=1, learner_threads=1),
         checkpoint=Checkpoint(every=1, keep=2),
         wandb=Wandb(mode="disabled"),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from tests.integration.processes import experiment_file
 
 @pytest.fixture(scope="session")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of four steps that was never stopped."""
+    """The folder of a run of four steps with two workers that was never stopped."""
     folder = tmp_path_factory.mktemp("straight")
-    assert main(["train", experiment_file(tiny_config(folder, steps=4), folder)]) == 0
+    config = tiny_config(folder, steps=4)
+    config = replace(config, placement=replace(config.placement, rollout_workers=2))
+    assert main(["train", experiment_file(config, folder)]) == 0
     return folder

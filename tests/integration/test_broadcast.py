@@ -42,7 +42,7 @@ def test_how_weights_travel_and_that_a_worker_dies_does_not_show_in_the_numbers(
     assert len(stored) > 3
     stored.clear()
 
-    config, run_dir = full(sent, broadcast=True), sent / "runs" / "tiny"
+    config, run_dir = full(sent, broadcast=True, rollout_workers=2), sent / "runs" / "tiny"
 
     def kill_a_worker() -> list[str]:
         """After the first step: what had gone through the object store by then."""

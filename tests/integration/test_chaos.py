@@ -37,7 +37,7 @@ FATES = (
 )  # fmt: skip
 GAP = 1 if STEPS < 50 else 4
 """Steps between two blows."""
-HANG_S = 3.0
+HANG_S = 2.0
 """A judge that hangs comes back: as long as its process lives, the run waits for it."""
 QUIET_SHARE = 0.5
 """In the long form the driver is left alone for so much of the run, the last part: its memory is watched there."""
@@ -62,6 +62,7 @@ class Ordeal:
         wait_for(lambda: len(rows(self.run_dir)) > at_step, self.process)
         time.sleep(self.random.uniform(0, 0.6))
         if victim == "driver":
+            wait_for(lambda: checkpoint.complete(self.run_dir), self.process)  # without any there is nothing to resume
             return self.kill_the_driver()
         self.memory.append((resident_mb(self.process.pid), resident_mb(self._raylet(), "RssShmem")))
         wait_for(lambda: descendants(self.process.pid, victim), self.process)
@@ -134,8 +135,9 @@ def hardy(folder: Path) -> RunConfig:
         timeout_s=2.0, backoff_s=0.1, probe_s=0.5, patience_s=1.0,
     )  # fmt: skip
     placement = replace(
-        config.placement, rollout_timeout_s=6.0, rollout_restarts=1000, update_timeout_s=6.0, learner_restarts=1000
-    )
+        config.placement, rollout_workers=2, rollout_timeout_s=4.0, rollout_restarts=1000, update_timeout_s=4.0,
+        learner_restarts=1000,
+    )  # fmt: skip
     evaluation = replace(config.evaluation, versus_base=0)  # its questions would stand among those of the steps
     return replace(config, judge=judge, placement=placement, evaluation=evaluation)
 

@@ -211,6 +211,7 @@ def test_a_learner_that_samples_too_holds_one_set_of_weights(config: RunConfig) 
 
 
 def test_times_follow_from_what_is_given(config: RunConfig) -> None:
+    config = replace(config, placement=replace(config.placement, rollout_workers=2))
     made = planned(config, process("worker", 2, 1, 10), process("learner", 1, 1, 20))
     lines = "\n".join(report(made, 1, 80, tflops=100, judge_rate=10))
     assert "3.0 s, 2 at once" in lines and "3.0 s, 1 at once" in lines  # 600 TFLOP by two, 300 by one

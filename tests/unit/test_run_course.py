@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from grpo_flex import checkpoint, run
+from grpo_flex.__main__ import main
 from grpo_flex.config import Evaluation, RunConfig
 from grpo_flex.metrics import read_metrics
 from grpo_flex.rewards import Pointwise
@@ -29,6 +30,14 @@ class Moody:
     def __call__(self, media: np.ndarray, prompt: Prompt) -> Mapping[str, float]:
         if self.always or int(media.sum()) % 2 == 0:
             raise RuntimeError("not in the mood")
+        return {"mood": float(media.mean())}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Light:
+    name: str = "light"
+
+    def __call__(self, media: np.ndarray, prompt: Prompt) -> Mapping[str, float]:
         return {"mood": float(media.mean())}
 
 
@@ -62,6 +71,19 @@ def test_a_scorer_that_raises_masks_its_siblings_and_the_run_goes_on(tmp_path: P
     for row in rows:
         assert row["reward/masked_share"] == row["advantage/masked_share"] == row["scorer/masked_share"]
         assert None not in row.values()
+
+
+def test_a_scorer_alone_is_a_reward_and_a_resume_goes_on_with_it(tmp_path: Path) -> None:
+    assert run.train(scored(tmp_path, steps=2, scorers=(Light(),))) == 0
+    run_dir = tmp_path / "runs" / "tiny"
+    assert main(["train", "--resume", str(run_dir), "steps=3"]) == 0
+    rows = read_metrics(run_dir)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    for row in rows[1:]:
+        assert row["scorer/verdicts"] == 8 and row["scorer/failed"] == 0 and row["reward/masked_share"] == 0
+        assert {"scorer/mood_mean", "reward/mood_std", "perf/score_s", "policy/ratio"} <= row.keys()
+        assert not [key for key in row if key.startswith("judge/")] and None not in row.values()
+        assert row["policy/grad_norm"]
 
 
 def test_scorers_that_always_fail_stop_the_run_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

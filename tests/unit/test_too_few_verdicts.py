@@ -55,6 +55,7 @@ def test_a_group_with_too_few_verdicts_has_no_part_in_the_update(
     assert all(map(torch.equal, process.learner.parameters, alone.parameters))
     assert not all(map(torch.equal, alone.parameters, Learner(config).parameters))
     row = read_metrics(tmp_path / config.name)[1]
+    assert row["judge/failed"] == row["judge/problem/cannot_connect"] == 4
     assert row["judge/dropped_groups"] == 1 and row["judge/masked_share"] == pytest.approx(4 / 18)
     assert row["policy/loss"] == result.metrics["policy/loss"]
     assert "step 1: 1 of 3 groups got too few verdicts and are left out of the update" in capsys.readouterr().out
