@@ -20,6 +20,7 @@ help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 setup: $(VENV)/.done  ## make the trainer's environment, .venv
+	@:
 
 $(VENV)/.done: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; give another: make setup PYTHON=python3.11"; exit 1; }
@@ -42,6 +43,7 @@ evaluate: setup  ## score a run's adapter on held-out prompts: RUN=runs/NAME
 	@$(PY) -m grpo_flex evaluate $(RUN)
 
 setup-judge: $(JUDGE_VENV)/.done-$(JUDGE)  ## make the judge's environment, .venv-judge; JUDGE=cpu|gpu (gpu where nvidia-smi is)
+	@:
 
 $(JUDGE_VENV)/.done-$(JUDGE): reward_server/environment/$(JUDGE).txt reward_server/environment/torchvision_names.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; give another: make setup-judge PYTHON=python3.11"; exit 1; }

@@ -42,8 +42,11 @@ def test_the_judge_in_process_rules_as_the_judge_over_http() -> None:
 
 
 def result(name: str, seed: int, scores: list[float], diversity: list[float]) -> dict[str, Any]:
+    """Evaluated at equal distances; a diversity for each step."""
+    every = len(diversity) // (len(scores) - 1)
     curve = [
-        {"step": 10 * i, "seconds": 30.0 * i, "forwards": 5000 * i, "oracle": value} for i, value in enumerate(scores)
+        {"step": every * i, "seconds": 30.0 * i, "forwards": 5000 * i, "oracle": value}
+        for i, value in enumerate(scores)
     ]
     return {"name": name, "seed": seed, "settings": {}, "curve": curve,
             "steps": [{"policy/diversity_pixel": d, "verdicts": 960.0} for d in diversity]}  # fmt: skip
@@ -52,22 +55,26 @@ def result(name: str, seed: int, scores: list[float], diversity: list[float]) ->
 def test_summary_by_hand() -> None:
     row = bench.summary(result("a", 0, [0.4, 0.5, 0.6, 0.58], [0.2, 0.2, 0.2, 0.1, 0.1, 0.1]))
     assert row == pytest.approx(
-        {"oracle": 0.58, "gain": 0.18, "best": 0.6, "steps": 30, "goal_steps": 20, "goal_seconds": 60,
+        {"oracle": 0.58, "gain": 0.18, "best": 0.6, "steps": 6, "goal_steps": 4, "goal_seconds": 60,
          "forwards": 15000, "verdicts": 5760, "diversity": 0.5}
     )  # fmt: skip
 
 
 def test_table_and_plot(tmp_path: Path) -> None:
-    runs = [result("slow", 0, [0.4, 0.41], [1]), result("fast", 0, [0.4, 0.6], [1]), result("fast", 1, [0.4, 0.5], [1])]
+    ten = [1.0] * 10
+    runs = [result("slow", 0, [0.4, 0.41], ten), result("fast", 0, [0.4, 0.6], ten), result("fast", 1, [0.4, 0.5], ten)]
     for one in runs:
         bench.write(tmp_path / f"{one['name']}-s{one['seed']}.json", one)
     found = bench.results(tmp_path)
     assert list(found) == ["fast", "slow"]
     fast, slow = bench.table(found).splitlines()[2:]
     assert fast.startswith(
-        "| fast | 2 | 0.550 (0.500–0.600) | +0.150 | 0.550 | 10 | 10 (1/2) | 30 (1/2) | 5 | 1 | 1.00 |"
+        "| fast | 2 | 0.550 (0.500–0.600) | +0.150 | 0.550 | 0.550 | 10 | 10 (1/2) | 30 (1/2) | 5 | 10 | 1.00 |"
     )
     assert "– (0/1)" in slow
+    assert bench.at_budget(runs[1], 4800) == pytest.approx(0.5)
+    few = bench.table({"few": [result("few", 0, [0.4, 0.6], ten[:5])], "slow": runs[:1]})
+    assert "at 4.8 k verdicts" in few and "| 0.405 |" in few
     bench.plot(bench.curves(found), tmp_path / "plot.png", "seconds")
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
