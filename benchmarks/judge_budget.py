@@ -21,7 +21,7 @@ import numpy as np
 
 from grpo_flex.advantages import GroupRelative
 from grpo_flex.judging import judge_metrics
-from grpo_flex.pairing import Budgeted, Orders, PairPlan, Pivots, RoundRobin, Swiss
+from grpo_flex.pairing import Budgeted, Calibrated, Orders, PairPlan, Pivots, RoundRobin, Swiss
 from grpo_flex.rewards import ANCHORS, BradleyTerry, Reward, WinRate, overall_answers
 from grpo_flex.types import Verdict
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 Table = dict[tuple[int, int], Verdict]
 FULL = RoundRobin(orders="both")
 ENOUGH = 0.95
+SHARES = (1.75, 1.6, 1.5, 1.4, 1.3, 1.25, 1.2, 1.1, 0.9, 0.85, 0.8, 0.7)
+"""Of the budgets that are tried in balanced orders alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,9 +125,10 @@ def advantages(plan: PairPlan, reward: Reward, tables: Sequence[Table], group_si
 def plans(group_size: int) -> list[tuple[str, PairPlan]]:
     """Every plan that is compared, by name."""
     orders: tuple[Orders, ...] = ("both", "balanced")
-    made: list[tuple[str, PairPlan]] = [(f"round robin, {o}", RoundRobin(orders=o)) for o in orders]
+    made: list[tuple[str, PairPlan]] = [("the default", Calibrated())]
+    made += [(f"round robin, {o}", RoundRobin(orders=o)) for o in orders]
     made += [(f"budgeted {s:.2f}, {o}", Budgeted(share=s, orders=o)) for s in (0.75, 0.5, 0.35, 0.25) for o in orders]
-    made += [(f"budgeted {s:.2f}, balanced", Budgeted(share=s)) for s in (1.75, 1.5, 1.25, 1.1)]
+    made += [(f"budgeted {s:.2f}, balanced", Budgeted(share=s)) for s in SHARES]
     made += [(f"Swiss {r} rounds, balanced", Swiss(rounds=r)) for r in (3, 4, 6) if r < group_size - 1]
     return made + [(f"{k} pivots, balanced", Pivots(count=k)) for k in (1, 2, 3)]
 

@@ -11,7 +11,6 @@ from grpo_flex.dynamics import FlowSde, RandomFraction
 from grpo_flex.generators.flux import Flux
 from grpo_flex.generators.memory import Memory
 from grpo_flex.objectives.guard import Guard
-from grpo_flex.pairing import RoundRobin
 from grpo_flex.rewards import WinRate
 from reward_server.families.flex import Flex
 
@@ -37,9 +36,7 @@ def config() -> RunConfig:
         sampling=Sampling(
             group_size=9, steps=15, eval_steps=30, dynamics=FlowSde(a=0.7), window=RandomFraction(fraction=0.6)
         ),
-        judge=Judge(
-            family=Flex(), endpoints=("http://127.0.0.1:8000/v1",), pairs=RoundRobin(orders="balanced"), concurrency=128
-        ),
+        judge=Judge(family=Flex(), endpoints=("http://127.0.0.1:8000/v1",), concurrency=128),
         reward=WinRate(),
         advantage=GroupRelative(alpha=0.7),
         objective=Guard(clip=1e-4),

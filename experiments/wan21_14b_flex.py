@@ -12,7 +12,6 @@ from grpo_flex.dynamics import FlowSde, RandomFraction
 from grpo_flex.generators.memory import Memory
 from grpo_flex.generators.wan import Wan
 from grpo_flex.objectives.guard import Guard
-from grpo_flex.pairing import RoundRobin
 from grpo_flex.rewards import WinRate
 from reward_server.families.flex import Flex
 
@@ -47,7 +46,6 @@ def config() -> RunConfig:
         judge=Judge(
             family=Flex(medium="video"),
             endpoints=("http://127.0.0.1:8000/v1",),
-            pairs=RoundRobin(orders="balanced"),
             concurrency=128,
         ),
         reward=WinRate(),

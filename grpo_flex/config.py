@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from grpo_flex.dynamics import Ode
 from grpo_flex.field_types import fits, hints, is_finite, is_part, spell
-from grpo_flex.pairing import PairPlan, RoundRobin
+from grpo_flex.pairing import Calibrated, PairPlan
 from grpo_flex.reward_checks import reward_problems
 
 if TYPE_CHECKING:
@@ -244,10 +244,9 @@ class Judge:
     """The model name that is served."""
     api_key_env: str = "GRPO_FLEX_JUDGE_KEY"
     """Name of the environment variable that holds the key; secrets never stand in a configuration."""
-    pairs: PairPlan = field(default_factory=lambda: RoundRobin(orders="balanced"))
-    """Which ordered pairs of a group are asked. The default is the cheapest plan whose advantages correlate by 0.95 or more
-    with those of all pairs in both orders, for groups of nine. Groups of six reach that with ``Budgeted(share=1.25)``, of eight
-    with 1.1, of sixteen with 0.75, each with ``BradleyTerry`` (``benchmarks/judge_budget.py``)."""
+    pairs: PairPlan = field(default_factory=Calibrated)
+    """Which ordered pairs of a group are asked. The default asks as few as keep the advantages of all pairs in both orders
+    to a correlation of 0.95, for the size of the group."""
     concurrency: int = 32
     timeout_s: float = 60.0
     """For one request."""

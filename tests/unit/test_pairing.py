@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_flex.pairing import Budgeted, PairPlan, Pivots, RoundRobin, Swiss, balance_orders, spread_edges
+from grpo_flex.pairing import Budgeted, Calibrated, PairPlan, Pivots, RoundRobin, Swiss, balance_orders, spread_edges
 
 sizes = st.integers(2, 17)
 seeds = st.integers(0, 2**63)
@@ -88,6 +88,20 @@ def test_a_budget_above_all_pairs_asks_some_in_both_orders(size: int, seed: int,
     assert max(found) - min(found) <= 1
 
 
+@given(st.integers(2, 40), st.integers(0, 99))
+def test_the_default_asks_no_less_of_a_larger_group_and_everybody_alike(size: int, seed: int) -> None:
+    asked = Calibrated().pairs(size, seed)
+    assert len(set(asked)) == len(asked) < len(Calibrated().pairs(size + 4, seed))
+    degrees = Counter(i for pair in asked for i in pair)
+    assert len(degrees) == size and max(degrees.values()) - min(degrees.values()) <= 1
+
+
+def test_the_default_is_all_pairs_once_for_nine_and_both_orders_for_few() -> None:
+    assert Calibrated().pairs(9, 3) == RoundRobin().pairs(9, 3)
+    assert Calibrated().pairs(4, 3) == RoundRobin(orders="both").pairs(4, 3)
+    assert len(Calibrated().pairs(24, 3)) == round(0.7 * 24 * 23 / 2)
+
+
 def test_pivots_meet_everybody() -> None:
     pairs = Pivots(count=2).pairs(8, 3)
     assert sorted(degrees(pairs, 8)) == [2] * 6 + [7, 7]
@@ -124,7 +138,7 @@ def test_swiss_stops_when_nothing_was_answered() -> None:
     assert Swiss().more(8, 0, []) == []
 
 
-@pytest.mark.parametrize("plan", [RoundRobin(), Budgeted(share=0.4), Pivots(), Swiss()])
+@pytest.mark.parametrize("plan", [RoundRobin(), Budgeted(share=0.4), Calibrated(), Pivots(), Swiss()])
 def test_the_seed_decides(plan: PairPlan) -> None:
     assert plan.pairs(9, 5) == plan.pairs(9, 5)
     assert any(plan.pairs(9, 5) != plan.pairs(9, s) for s in range(6, 10))
