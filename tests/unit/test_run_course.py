@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ from grpo_flex.config import Evaluation, RunConfig
 from grpo_flex.metrics import read_metrics
 from grpo_flex.rewards import Pointwise
 from grpo_flex.types import Prompt
-from tests.configs import tiny_config
-from tests.one_process import StandInJudge, in_one_process
+from tests.configs import judge_of, tiny_config
+from tests.one_process import OneProcess, StandInJudge, in_one_process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +54,44 @@ class Falling:
         return {"falling": -float(Path(self.path).stat().st_size)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class OnTheFirstGpu:
+    """A judge of the run's own."""
+
+    def gpus_here(self) -> list[tuple[str, ...]]:
+        return [("0",)]
+
+    def start(self, log_dir: Path) -> Any:
+        LOADED.append(len(RUNS))
+        return SimpleNamespace(endpoints=("http://judge/v1",), reserved=("GPU 0, beside Ray",), stop=lambda: None)
+
+
+RUNS: list[OneProcess] = []
+"""Those of the present test whose models were asked to load."""
+LOADED: list[int] = []
+"""How many these were when a judge was started."""
+
+
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    in_one_process(monkeypatch, StandInJudge(lambda _: 6))
+    LOADED.clear()
+    monkeypatch.setattr(f"{__name__}.RUNS", in_one_process(monkeypatch, StandInJudge(lambda _: 6)))
+
+
+@pytest.mark.parametrize(("gpus", "loaded"), [("0", 0), ("0,1", 1)])
+def test_models_load_beside_a_judge_that_starts_unless_they_share_its_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], gpus: str, loaded: int
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    config = tiny_config(tmp_path, steps=1)
+    placement = replace(config.placement, rollout_gpus=0.5, learner_gpus=0.5)
+    judge = replace(judge_of(config), server=OnTheFirstGpu())
+    evaluation = replace(config.evaluation, versus_base=0)
+    assert run.train(replace(config, judge=judge, placement=placement, evaluation=evaluation)) == 0
+    (before,) = LOADED
+    assert before == loaded
+    assert ("warning: the judge that this run started has GPU 0" in capsys.readouterr().out) == (loaded == 0)
+    assert "http://judge/v1  GPU 0, beside Ray" in (tmp_path / "runs" / "tiny" / "placement.txt").read_text()
 
 
 def scored(folder: Path, **changes: Any) -> RunConfig:
