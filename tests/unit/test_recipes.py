@@ -42,7 +42,9 @@ def test_the_wan_recipes_have_the_papers_settings(
     assert made.adapter == Adapter(rank=64, alpha=128)
     assert (fit.lr, fit.lr_end, fit.weight_decay, fit.max_grad_norm) == (lr, 1, 1e-4, 1)
     assert made.advantage == GroupRelative(alpha=0.7, clip=5) and made.reward == WinRate()
-    assert len(judge_of(made).pairs.pairs(6, 0)) == 15  # all of them
+    assert (made.evaluation.height, made.evaluation.width) == (480, 832)
+    asked = judge_of(made).pairs.pairs(6, 0)
+    assert len(asked) == 20 and len(set(map(frozenset, asked))) == 15  # all pairs, five of them in both orders
 
 
 def test_the_editing_recipe_has_pictures_to_edit() -> None:
