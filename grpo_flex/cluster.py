@@ -73,6 +73,10 @@ class Cluster:
             stopping=lambda: self.stopping(),
             keeps=config.adapter.state_each_step,
         )
+        # Beside the judge's start: all of it is waited for in ``wait_until_ready``.
+        self._loading = [scorer.load.remote() for scorer in self._scorers.values()]
+        if not place.colocated:
+            self._learners.begin_to_load()
         self._fleet = Fleet(
             self._colocated_worker if place.colocated else self._start_worker,
             learner_names(config) if place.colocated else worker_names(config),
@@ -113,7 +117,7 @@ class Cluster:
             self._fleet.wait_until_ready()
             if self.config.sampling.batch_tokens:
                 self.together = self._prompts_together()
-            ray.get([scorer.load.remote() for scorer in self._scorers.values()])
+            ray.get(self._loading)
 
     def _prompts_together(self) -> int:
         asked = self._fleet.submit("together")

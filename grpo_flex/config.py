@@ -529,6 +529,9 @@ class RunConfig:
         return replace(cast("Any", self.generator), **given) if given else self.generator
 
     def _heldout_size(self) -> Iterator[Problem]:
+        parts = (part for part in (self.evaluation, self.generator) if is_part(part))
+        if any(True for part in parts for _ in _complaints(part)):
+            return  # which are told by themselves
         given = [name for name in SIZE if getattr(self.evaluation, name) > 0]
         for name in (name for name in given if not hasattr(self.generator, name)):
             yield f"evaluation.{name}", f"is set, but {type(self.generator).__name__} has no {name}; leave it at 0"

@@ -56,7 +56,17 @@ class LearnerGroup:
         self._state: ray.ObjectRef[dict[str, Any]] | None = None
         self._begun: list[ray.ObjectRef[None]] = []
         self.restarts = 0
+        self._loading: list[Any] = []
+        """What was asked of the present actors by ``begin_to_load``, until ``meet``."""
         self.actors = [start(rank) for rank in range(size)]
+
+    def begin_to_load(self) -> None:
+        """Let the ranks find each other and load their models, without waiting; ``meet`` waits for it."""
+        joining = []
+        if self._size > 1:
+            address = self.actors[0].address.remote()
+            joining = [actor.join.remote(address) for actor in self.actors]
+        self._loading = joining + [actor.ready.remote() for actor in self.actors]
 
     def meet(self, within_s: float | None = None) -> None:
         """Let the ranks find each other, load their models and take up the newest state.
@@ -64,7 +74,9 @@ class LearnerGroup:
         Raises:
             GetTimeoutError: one of these steps took longer.
         """
-        if self._size > 1:
+        loading, self._loading = self._loading, []
+        ray.get(loading, timeout=within_s)
+        if self._size > 1 and not loading:
             address = ray.get(self.actors[0].address.remote(), timeout=within_s)
             ray.get([actor.join.remote(address) for actor in self.actors], timeout=within_s)
         ray.get([actor.ready.remote() for actor in self.actors], timeout=within_s)
@@ -153,7 +165,7 @@ class LearnerGroup:
             if self._left == 0 or self._stopping() or not self._keeps:
                 raise reason
             self._reach_state()
-            self._left, self.restarts, self._begun = self._left - 1, self.restarts + 1, []
+            self._left, self.restarts, self._begun, self._loading = self._left - 1, self.restarts + 1, [], []
             what = "hangs" if isinstance(reason, Hung) else "died"
             self._say(f"a learner {what}; starting again from the last completed step")
             for actor in self.actors:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -40,7 +41,7 @@ class Reservation:
         """Every process with what it asks for, those that join later too."""
         try:
             self._group = reserve(self.bundles, 0.0 if local else config.placement.wait_s)
-        except ConfigError:
+        except BaseException:  # a Ctrl-C, too, gives back what was asked for
             ray.shutdown()
             raise
         self._reserved = [name for name, asked in self.bundles.items() if asked]
@@ -114,7 +115,7 @@ def reserve(wanted: dict[str, Resources], wait_s: float) -> Any:
     bundles = [asked for asked in wanted.values() if asked]
     # What is asked for and not there is what makes an autoscaler start nodes.
     group = placement_group(bundles or [{"CPU": 0.001}], strategy="PACK")
-    if not group.wait(wait_s if complaint else max(RESERVE_S, wait_s)):
+    if not _granted(group, wait_s if complaint else max(RESERVE_S, wait_s)):
         ray.util.remove_placement_group(group)
         if complaint := _too_little(wanted):
             raise ConfigError(complaint)
@@ -125,6 +126,15 @@ def reserve(wanted: dict[str, Resources], wait_s: float) -> Any:
             "running there; ask for less with placement.*, or wait longer with placement.wait_s"
         )
     return group
+
+
+def _granted(group: Any, limit_s: float) -> bool:
+    """Whether a placement group comes to be in time. Ray waits deaf to signals, so it is asked to for a second at a time."""
+    until = time.monotonic() + limit_s
+    while not group.wait(max(0.0, min(1.0, until - time.monotonic()))):
+        if time.monotonic() >= until:
+            return False
+    return True
 
 
 RESERVE_S = 30.0

@@ -158,7 +158,8 @@ class RolloutWorker:
     @property
     def heldout_model(self) -> Model:
         """The model, for samples of the size of held-out ones."""
-        return self.model.resized(self.config.heldout_generator)
+        wanted = self.config.heldout_generator
+        return self.model if wanted == self.config.generator else self.model.resized(wanted)
 
     def sample_ode(
         self, conditioning: Conditioning, seeds: Sequence[int], steps: int, model: Model | None = None

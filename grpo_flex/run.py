@@ -1,4 +1,4 @@
-"""From a configuration to a finished run directory: checks first, then the judge, the cluster and the loop."""
+"""From a configuration to a finished run directory: checks first, then the place in Ray, the models and the judge, and the loop."""
 
 from __future__ import annotations
 
@@ -176,7 +176,9 @@ def _assemble(
     _unwind_on_signals()  # Ray has its own idea of SIGTERM
     start = partial(_judge_server, judge, run_dir)
     # On a GPU of the others' a judge comes first, because it takes a share of what it finds free; else they load beside it.
-    first = stack.enter_context(start()) if taken and needed and not left else None
+    # One that does not say which it takes may take any.
+    shares = not left and (taken or (judge is not None and not hasattr(judge.server, "gpus_here")))
+    first = stack.enter_context(start()) if needed and shares else None
     cluster = stack.enter_context(Cluster(config, reserved))
     server = first or stack.enter_context(start())
     if judge is not None and server is not None:

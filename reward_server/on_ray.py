@@ -56,7 +56,8 @@ class RayJudge:
         try:
             on_gpu = self._on_gpu(judge)
             self._group = self._reserve(judge, asked := _asks(judge, on_gpu))
-        except ValueError:
+            self._check_reachable(judge)  # once more: there may be more nodes now
+        except BaseException:
             self._ray.shutdown()
             raise
         self.reserved = (", ".join(f"{n:g} {kind}" for kind, n in asked.items()) or "-",) * judge.replicas
@@ -80,13 +81,16 @@ class RayJudge:
 
     def _on_gpu(self, judge: VllmJudge) -> bool:
         """Whether the replicas go on GPUs. Raises ValueError where they could not be reached."""
+        self._check_reachable(judge)
+        return judge.device == "gpu" or (judge.device == "auto" and "GPU" in self._ray.cluster_resources())
+
+    def _check_reachable(self, judge: VllmJudge) -> None:
         nodes = [n for n in self._ray.nodes() if n["Alive"]]
         if len(nodes) > 1 and machine.is_loopback(judge.host):
             raise ValueError(
                 f"the Ray cluster has {len(nodes)} nodes, and replicas that listen on {judge.host} cannot be reached from "
                 f"another: give --host 0.0.0.0 and an API key in {judge.api_key_env}"
             )
-        return judge.device == "gpu" or (judge.device == "auto" and "GPU" in self._ray.cluster_resources())
 
     def _reserve(self, judge: VllmJudge, asked: dict[str, float]) -> Any:
         """A placement group with a bundle for each replica, on as many nodes as possible; None if they ask for nothing."""
@@ -99,7 +103,11 @@ class RayJudge:
         wait_s = judge.wait_s if free < needed else max(RESERVE_S, judge.wait_s)
         # What is asked for and not there is what makes an autoscaler start nodes.
         group = placement_group([asked] * judge.replicas, strategy="SPREAD")
-        if not group.wait(wait_s):
+        until = time.monotonic() + wait_s
+        # Ray waits deaf to signals, so it is asked to for a second at a time.
+        while not (there := group.wait(max(0.0, min(1.0, until - time.monotonic())))) and time.monotonic() < until:
+            pass
+        if not there:
             remove_placement_group(group)
             whose = f"{free:g} free" if free < needed else f"{free:g} free, but not so many together on single nodes"
             raise ValueError(

@@ -95,6 +95,8 @@ class VllmJudge:
             yield "gpu_memory", f"is {self.gpu_memory}; it is a share, above 0 and up to 1"
         if not self.wait_s >= 0:
             yield "wait_s", f"is {self.wait_s}; it needs to be 0 seconds or more"
+        if self.wait_s and self.ray and self.device == "auto":
+            yield "device", "is auto, but a cluster that grows (wait_s) may show its GPUs later: say gpu or cpu"
         if not self.start_s > 0:
             yield "start_s", f"is {self.start_s}; it needs to be above 0 seconds"
         if self.gpus and self.device == "cpu":

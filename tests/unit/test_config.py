@@ -183,3 +183,9 @@ def test_nothing_heavy_is_imported_to_check_a_configuration() -> None:
     done: Any = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "2 []", done.stdout + done.stderr
     assert done.stderr == "error: no config field 'optmizer'; did you mean 'optimizer'?\n"
+
+
+@pytest.mark.parametrize("wrong", ["512", None])
+def test_a_mistyped_size_of_held_out_samples_is_one_complaint(config: RunConfig, wrong: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^evaluation\.height is .*; it needs to be a whole number$"):
+        replace(config, evaluation=replace(config.evaluation, height=wrong)).validate()
