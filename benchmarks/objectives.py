@@ -1,12 +1,13 @@
 """Objectives × samplers on the testbed, each with the same training time: which learns fastest, and what it costs.
 
 Every run is a process of its own without Ray: one rollout worker, one learner and the oracle judge's rules, one thread
-each, taking turns. A run that is finished has its JSON in the output directory and is not run again, so the script
-can be stopped and started as one likes. Held-out scoring is not counted as training time.
+each, taking turns. A run that is finished has its JSON in the output directory and is not run again, so the script can be
+stopped and started as one likes; those in ``benchmarks/results/objectives`` are what the README's table was made of.
+Held-out scoring is not counted as training time.
 
-    python -m benchmarks.objectives --seconds 300 --seeds 0 1 2        # everything; hours
-    python -m benchmarks.objectives --only grpo-flow_sde nft-ode --seeds 0
-    python -m benchmarks.objectives --table                            # what there is so far, and the plot
+    python -m benchmarks.objectives --clock cpu --seconds 240 --every 60             # the README's table; hours
+    python -m benchmarks.objectives --only grpo-flow_sde nft-ode --seeds 0 --out runs/mine
+    python -m benchmarks.objectives --table                                          # what there is so far, and the plot
 """
 
 from __future__ import annotations
@@ -47,6 +48,9 @@ if TYPE_CHECKING:
 EXPERIMENT, DEFAULT = "experiments/shapes_image_flow_grpo.py", "experiments/shapes_image_oracle.py"
 GOAL = 0.15
 """The gain in held-out score whose cost the table tells."""
+RESULTS = Path("benchmarks/results/objectives")
+KEPT = ("verdicts", "policy/diversity_pixel")
+"""What a result keeps of every training step's metrics."""
 ENDS = 3
 """Training steps at either end of a run over which diversity is averaged."""
 
@@ -102,7 +106,7 @@ CONFIGURATIONS: dict[str, Change] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What all runs of one output directory share."""
+    """How one run is measured; all but the recipe is the same in one output directory."""
 
     seconds: float
     """Training time of each run."""
@@ -115,7 +119,7 @@ class Settings:
     overrides: tuple[str, ...]
     """On top of every configuration."""
     recipe: str
-    """Digest of the experiments that all configurations are changes of: a recipe that moved is another measurement."""
+    """Digest of the configuration: one that has moved since is another measurement."""
 
 
 # ---------------------------------------------------------------- one run
@@ -131,10 +135,9 @@ def configuration(name: str, seed: int, overrides: Sequence[str]) -> RunConfig:
     return config
 
 
-def recipe() -> str:
-    """Digest of the experiments as they are now."""
-    texts = (to_json(load_experiment(path)) for path in (EXPERIMENT, DEFAULT))
-    return hashlib.sha256("".join(texts).encode()).hexdigest()[:12]
+def recipe(name: str, overrides: Sequence[str] = ()) -> str:
+    """Digest of a configuration as it is now, whatever its seed."""
+    return hashlib.sha256(to_json(configuration(name, 0, overrides)).encode()).hexdigest()[:12]
 
 
 def run(name: str, seed: int, settings: Settings) -> dict[str, Any]:
@@ -162,7 +165,7 @@ def run(name: str, seed: int, settings: Settings) -> dict[str, Any]:
             curve.append(_point(step, spent, used, heldout_scores(worker, learner, heldout)))
             next_look = spent + settings.every
             print(f"{name} seed {seed}: {json.dumps(curve[-1])}", flush=True)
-    return {"name": name, "seed": seed, "settings": asdict(settings), "curve": curve, "steps": steps}
+    return {"name": name, "seed": seed, "settings": asdict(settings), "curve": curve, "steps": [_kept(s) for s in steps]}
 
 
 def train_step(
@@ -213,6 +216,10 @@ def heldout_scores(worker: RolloutWorker, learner: Learner, heldout: Sequence[Pr
     return mean_scores([sample for chunk in chunks for sample in worker.evaluate(chunk, adapter)])
 
 
+def _kept(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {key: round(metrics[key], 6) for key in KEPT if key in metrics}
+
+
 def _point(step: int, seconds: float, forwards: int, scores: Mapping[str, float]) -> dict[str, float]:
     return {"step": step, "seconds": round(seconds, 2), "forwards": forwards, **scores}
 
@@ -241,7 +248,7 @@ def run_all(names: Sequence[str], seeds: Sequence[int], settings: Settings, out:
     for seed in seeds:
         for name in names:
             path = out / f"{name}-s{seed}.json"
-            if path.is_file() and _same(path, settings):
+            if path.is_file() and _same(path, replace(settings, recipe=recipe(name, settings.overrides))):
                 continue
             command = [sys.executable, "-m", "benchmarks.objectives", "--one", name, "--seeds", str(seed)]
             subprocess.run([*command, *_arguments(settings), "--out", str(out)], check=True)
@@ -346,7 +353,7 @@ def curves(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[l
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m benchmarks.objectives", description=(__doc__ or "").split("\n")[0])
-    made.add_argument("--out", type=Path, default=Path("runs/bench_objectives"))
+    made.add_argument("--out", type=Path, default=RESULTS)
     made.add_argument("--seconds", type=float, default=300.0, help="training time of each run")
     made.add_argument("--every", type=float, default=30.0, help="training seconds between two evaluations")
     made.add_argument("--steps", type=int, default=100_000, help="most training steps of each run")
@@ -363,7 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     settings = Settings(
         seconds=options.seconds, every=options.every, steps=options.steps, clock=options.clock,
-        overrides=tuple(options.set), recipe=recipe(),
+        overrides=tuple(options.set), recipe=recipe(options.one, options.set) if options.one else "",
     )  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
     if options.one:
