@@ -1,10 +1,10 @@
 """The same run under different judges: what the oracle, whom nobody optimises, says of each on held-out prompts.
 
 Every run is that of `experiments/shapes_image.py`, with real Ray and, but for the oracle's own, real vLLM; only the judge,
-or how its verdicts are read, changes. A run that is finished is not run again, and one that was stopped goes on, so the
-script can be stopped and started as one likes.
+or how its verdicts are read, changes. What a finished run measured is kept in ``benchmarks/results/judges`` and not measured again; a run that was
+stopped goes on, so the script can be stopped and started as one likes.
 
-    python -m benchmarks.judges --seeds 0 1 2          # everything; hours
+    python -m benchmarks.judges                        # everything; hours
     python -m benchmarks.judges --only flex oracle --seeds 0
     python -m benchmarks.judges --table                # what there is so far, and the plot
 """
@@ -21,7 +21,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks import kept
 from benchmarks.plots import plot
+from grpo_flex.config import RunConfig
+from grpo_flex.config_file import load_experiment
+from grpo_flex.metrics import step_seconds
+from grpo_flex.overrides import override
 
 
 class Variant(NamedTuple):
@@ -43,10 +48,20 @@ VARIANTS: dict[str, Variant] = {
 Pointwise asks the same judge about single pictures, so the rating differs too (see the experiment). The two oracles answer
 the questions that the tiny judge is asked; one in five of the noisy one's verdicts is a coin toss."""
 SCORE = "heldout/oracle"
+RESULTS = Path("benchmarks/results/judges")
+
+
+# ---------------------------------------------------------------- runs
 
 
 def run_name(variant: str, seed: int) -> str:
     return f"judges_{variant}_s{seed}"
+
+
+def configuration(variant: str, overrides: Sequence[str]) -> RunConfig:
+    """What all seeds of a variant train."""
+    experiment, changes = VARIANTS[variant]
+    return override(load_experiment(experiment), [*changes, *overrides])
 
 
 def command(variant: str, seed: int, runs: Path, overrides: Sequence[str]) -> list[str] | None:
@@ -66,15 +81,42 @@ def points(metrics: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
 
 
-def curves(runs: Path) -> dict[str, list[list[tuple[int, float]]]]:
-    """(step, held-out score) of every run that there is, by variant."""
+def measured(variant: str, seed: int, folder: Path, recipe: str) -> dict[str, Any]:
+    """What is kept of a finished run: the figures of its held-out samples, and how long its steps took."""
+    logged = points(folder / "metrics.jsonl")
+    figures = [{k: v for k, v in p.items() if k == "step" or k.startswith("heldout/")} for p in logged if SCORE in p]
+    seconds = [s for p in logged if (s := step_seconds(p)) is not None]
+    return {
+        "variant": variant,
+        "seed": seed,
+        "recipe": recipe,
+        "step_seconds": float(np.median(seconds)) if seconds else None,
+        "curve": figures,
+    }
+
+
+def run_all(variants: Sequence[str], seeds: Sequence[int], runs: Path, out: Path, overrides: Sequence[str]) -> None:
+    """What is not measured yet; seeds outermost, so that a table fills evenly."""
+    for seed in seeds:
+        for variant in variants:
+            path, recipe = out / f"{variant}-s{seed}.json", kept.digest(configuration(variant, overrides))
+            if kept.same(path, recipe, "recipe"):
+                continue
+            words = command(variant, seed, runs, overrides)
+            if words is not None:
+                subprocess.run(words, check=True)
+            kept.write(path, measured(variant, seed, runs / run_name(variant, seed), recipe))
+
+
+# ---------------------------------------------------------------- table and plot
+
+
+def curves(out: Path) -> dict[str, list[list[tuple[int, float]]]]:
+    """(step, held-out score) of every run that was measured, by variant."""
     found: dict[str, list[list[tuple[int, float]]]] = {}
-    for variant in VARIANTS:
-        for folder in sorted(runs.glob(run_name(variant, 0)[:-1] + "*")):
-            scored = [(p["step"], p[SCORE]) for p in points(folder / "metrics.jsonl") if SCORE in p]
-            if len(scored) > 1:
-                found.setdefault(variant, []).append(scored)
-    return found
+    for result in kept.read(out):
+        found.setdefault(result["variant"], []).append([(p["step"], p[SCORE]) for p in result["curve"]])
+    return {variant: found[variant] for variant in VARIANTS if variant in found}
 
 
 def table(found: Mapping[str, Sequence[Sequence[tuple[int, float]]]]) -> str:
@@ -92,9 +134,13 @@ def table(found: Mapping[str, Sequence[Sequence[tuple[int, float]]]]) -> str:
     return "\n".join([head, "|---" * 5 + "|", *(row for _, row in sorted(rows, reverse=True))])
 
 
+# ---------------------------------------------------------------- command line
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m benchmarks.judges", description=(__doc__ or "").split("\n")[0])
-    made.add_argument("--runs", type=Path, default=Path("runs"))
+    made.add_argument("--runs", type=Path, default=Path("runs"), help="where the runs themselves lie")
+    made.add_argument("--out", type=Path, default=RESULTS, help="where what they measured is kept")
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     made.add_argument("--only", nargs="+", choices=sorted(VARIANTS), default=list(VARIANTS))
     made.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="an override for every new run")
@@ -104,18 +150,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
     if not options.table:
-        for seed in options.seeds:  # outermost, so that a table fills evenly
-            for variant in options.only:
-                words = command(variant, seed, options.runs, options.set)
-                if words is not None:
-                    subprocess.run(words, check=True)
-    found = curves(options.runs)
+        run_all(options.only, options.seeds, options.runs, options.out, options.set)
+    found = curves(options.out)
     if not found:
-        raise SystemExit(f"{options.runs} holds no run of this comparison yet")
+        raise SystemExit(f"{options.out} holds nothing of this comparison yet")
     print(table(found))
-    plot(found, options.runs / "judges.png", "training step")
-    print(f"plot: {options.runs / 'judges.png'}")
+    plot(found, options.out / "judges.png", "training step")
+    print(f"plot: {options.out / 'judges.png'}")
 
 
 if __name__ == "__main__":

@@ -13,9 +13,7 @@ Held-out scoring is not counted as training time.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -26,10 +24,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks import kept
 from benchmarks.plots import plot
 from grpo_flex.advantages import BestAndWorst
 from grpo_flex.config import RunConfig
-from grpo_flex.config_file import load_experiment, to_json
+from grpo_flex.config_file import load_experiment
 from grpo_flex.dynamics import AllButLast, Cps, Dance, Multistep, Ode, SlidingWindow
 from grpo_flex.objectives.awm import Awm
 from grpo_flex.objectives.base import Objective
@@ -137,7 +136,7 @@ def configuration(name: str, seed: int, overrides: Sequence[str]) -> RunConfig:
 
 def recipe(name: str, overrides: Sequence[str] = ()) -> str:
     """Digest of a configuration as it is now, whatever its seed."""
-    return hashlib.sha256(to_json(configuration(name, 0, overrides)).encode()).hexdigest()[:12]
+    return kept.digest(configuration(name, 0, overrides))
 
 
 def run(name: str, seed: int, settings: Settings) -> dict[str, Any]:
@@ -165,7 +164,13 @@ def run(name: str, seed: int, settings: Settings) -> dict[str, Any]:
             curve.append(_point(step, spent, used, heldout_scores(worker, learner, heldout)))
             next_look = spent + settings.every
             print(f"{name} seed {seed}: {json.dumps(curve[-1])}", flush=True)
-    return {"name": name, "seed": seed, "settings": asdict(settings), "curve": curve, "steps": [_kept(s) for s in steps]}
+    return {
+        "name": name,
+        "seed": seed,
+        "settings": asdict(settings),
+        "curve": curve,
+        "steps": [_kept(s) for s in steps],
+    }
 
 
 def train_step(
@@ -248,29 +253,16 @@ def run_all(names: Sequence[str], seeds: Sequence[int], settings: Settings, out:
     for seed in seeds:
         for name in names:
             path = out / f"{name}-s{seed}.json"
-            if path.is_file() and _same(path, replace(settings, recipe=recipe(name, settings.overrides))):
+            asked = asdict(replace(settings, recipe=recipe(name, settings.overrides)))
+            if kept.same(path, json.loads(json.dumps(asked)), "settings"):
                 continue
             command = [sys.executable, "-m", "benchmarks.objectives", "--one", name, "--seeds", str(seed)]
             subprocess.run([*command, *_arguments(settings), "--out", str(out)], check=True)
 
 
-def _same(path: Path, settings: Settings) -> bool:
-    found = json.loads(path.read_text())["settings"]
-    if found != json.loads(json.dumps(asdict(settings))):
-        raise ValueError(f"{path} was measured with other settings ({found}); give another --out, or remove it")
-    return True
-
-
 def _arguments(settings: Settings) -> list[str]:
     named = [f"--{key}={getattr(settings, key)}" for key in ("seconds", "every", "steps", "clock")]
     return [*named, *(f"--set={text}" for text in settings.overrides)]
-
-
-def write(path: Path, result: Mapping[str, Any]) -> None:
-    """Atomically, so that a file that is there is complete."""
-    half = path.with_name(f".{path.name}.part")
-    half.write_text(json.dumps(result))
-    os.replace(half, path)
 
 
 # ---------------------------------------------------------------- table and plot
@@ -309,8 +301,7 @@ def at_budget(result: Mapping[str, Any], verdicts: float) -> float:
 def results(out: Path) -> dict[str, list[dict[str, Any]]]:
     """The finished runs by configuration, best mean first."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(out.glob("*-s*.json")):
-        result = json.loads(path.read_text())
+    for result in kept.read(out):
         found.setdefault(result["name"], []).append(result)
     return dict(sorted(found.items(), key=lambda item: -float(np.mean([summary(r)["oracle"] for r in item[1]]))))
 
@@ -375,7 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.one:
         for seed in options.seeds:
-            write(options.out / f"{options.one}-s{seed}.json", run(options.one, seed, settings))
+            kept.write(options.out / f"{options.one}-s{seed}.json", run(options.one, seed, settings))
         return
     if not options.table:
         run_all(options.only, options.seeds, settings, options.out)

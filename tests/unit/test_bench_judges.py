@@ -80,6 +80,14 @@ def test_the_oracle_answers_what_the_tiny_judge_is_asked(tmp_path: Path) -> None
     assert (reply.status, reply.winner) == ("ok", 0.0)
 
 
+def kept_run(out: Path, name: str, scores: dict[int, float]) -> None:
+    """The file of a measurement: variant-sSEED.json."""
+    variant, seed = name.rsplit("-s", 1)
+    curve = [{"step": step, bench.SCORE: score} for step, score in scores.items()]
+    out.mkdir(exist_ok=True)
+    bench.kept.write(out / f"{name}.json", {"variant": variant, "seed": int(seed), "recipe": "a", "curve": curve})
+
+
 def stand_in(runs: Path, name: str, scores: dict[int, float], steps: int) -> None:
     """A run's folder with nothing in it but what the benchmark reads; each second step has no held-out score."""
     (runs / name).mkdir(parents=True)
@@ -89,11 +97,10 @@ def stand_in(runs: Path, name: str, scores: dict[int, float], steps: int) -> Non
 
 
 def test_the_table_says_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stand_in(tmp_path, "judges_flex_s0", {0: 0.5, 10: 0.6}, steps=10)
-    stand_in(tmp_path, "judges_flex_s1", {0: 0.5, 10: 0.7}, steps=10)
-    stand_in(tmp_path, "judges_oracle_s0", {0: 0.5, 10: 0.8, 20: 0.75}, steps=20)
-    stand_in(tmp_path, "judges_oracle-noisy_s0", {0: 0.5}, steps=10)  # no gain yet
-    bench.main(["--runs", str(tmp_path), "--table"])
+    kept_run(tmp_path, "flex-s0", {0: 0.5, 10: 0.6})
+    kept_run(tmp_path, "flex-s1", {0: 0.5, 10: 0.7})
+    kept_run(tmp_path, "oracle-s0", {0: 0.5, 10: 0.8, 20: 0.75})
+    bench.main(["--out", str(tmp_path), "--table"])
     _, _, *rows = capsys.readouterr().out.splitlines()
     assert rows[:-1] == [
         "| oracle | 20 | 0.500 → 0.750 | +0.250 | +0.250 |",
@@ -111,5 +118,26 @@ def test_a_finished_run_is_left_alone_and_a_stopped_one_goes_on(tmp_path: Path) 
 
 
 def test_an_empty_table_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="no run"):
-        bench.main(["--runs", str(tmp_path), "--table"])
+    with pytest.raises(SystemExit, match="holds nothing"):
+        bench.main(["--out", str(tmp_path), "--table"])
+
+
+def test_what_a_finished_run_measured_is_kept_and_not_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    out.mkdir()
+    stand_in(runs, "judges_flex_s0", {0: 0.5, 10: 0.6}, steps=10)
+    started: list[list[str]] = []
+
+    def trained(words: list[str], check: bool) -> None:
+        started.append(words)
+        stand_in(runs, "judges_oracle_s0", {0: 0.5, 10: 0.7}, steps=10)
+
+    monkeypatch.setattr(bench.subprocess, "run", trained)
+    for _ in range(2):
+        bench.run_all(["flex", "oracle"], [0], runs, out, [])
+    assert [words[4] for words in started] == ["experiments/shapes_image_same_oracle.py"]
+    assert bench.curves(out) == {"flex": [[(0, 0.5), (10, 0.6)]], "oracle": [[(0, 0.5), (10, 0.7)]]}
+    with pytest.raises(ValueError, match="with other settings"):
+        bench.run_all(["flex"], [0], runs, out, ["optimizer.lr=1e-5"])

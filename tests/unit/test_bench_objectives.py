@@ -64,7 +64,7 @@ def test_table_and_plot(tmp_path: Path) -> None:
     ten = [1.0] * 10
     runs = [result("slow", 0, [0.4, 0.41], ten), result("fast", 0, [0.4, 0.6], ten), result("fast", 1, [0.4, 0.5], ten)]
     for one in runs:
-        bench.write(tmp_path / f"{one['name']}-s{one['seed']}.json", one)
+        bench.kept.write(tmp_path / f"{one['name']}-s{one['seed']}.json", one)
     found = bench.results(tmp_path)
     assert list(found) == ["fast", "slow"]
     fast, slow = bench.table(found).splitlines()[2:]
@@ -83,9 +83,11 @@ def test_what_was_measured_otherwise_is_not_mixed_in(tmp_path: Path) -> None:
     settings = bench.Settings(seconds=1, every=1, steps=1, clock="wall", overrides=("optimizer.lr=1.0",), recipe="a")
     path = tmp_path / "a-s0.json"
     path.write_text(json.dumps({"settings": bench.asdict(settings)}))
-    assert bench._same(path, settings)
-    with pytest.raises(ValueError, match="with other settings"):
-        bench._same(path, bench.replace(settings, seconds=2))
-    with pytest.raises(ValueError, match="with other settings"):
-        bench._same(path, bench.replace(settings, recipe="b"))
+    expected = json.loads(path.read_text())["settings"]
+    assert bench.kept.same(path, expected, "settings") and not bench.kept.same(
+        tmp_path / "b-s0.json", expected, "settings"
+    )
+    for other in ({"seconds": 2}, {"recipe": "b"}):
+        with pytest.raises(ValueError, match="with other settings"):
+            bench.kept.same(path, expected | other, "settings")
     assert bench.recipe("nft-ode") != bench.recipe("nft-ode", ["optimizer.lr=1e-5"]) != bench.recipe("nft-ode2")
