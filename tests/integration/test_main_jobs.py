@@ -1,0 +1,59 @@
+"""The two main jobs as `make` starts them, with the repository's own models, cut down to one step each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import imageio.v3 as iio
+import pytest
+
+from grpo_flex.__main__ import main
+from grpo_flex.config_file import load_experiment
+from grpo_flex.metrics import read_metrics
+from grpo_flex.verdicts import FILE_NAME, read_verdicts
+
+HELDOUT = 4
+CUT_DOWN = ("steps=1", "prompts.per_step=2", "sampling.group_size=4", f"evaluation.versus_base={HELDOUT}")
+pytestmark = pytest.mark.slow
+
+
+def train(recipe: str, folder: Path, *words: str) -> Path:
+    """Runs the recipe's one step on four held-out prompts; the run's directory."""
+    experiment, heldout = f"experiments/{recipe}.py", folder / "heldout.jsonl"
+    prompts = Path(load_experiment(experiment).prompts.heldout).read_text().splitlines()[:HELDOUT]
+    heldout.write_text("\n".join(prompts) + "\n")
+    assert (
+        main(["train", experiment, f"runs_dir={folder}", "name=cut", f"prompts.heldout={heldout}", *CUT_DOWN, *words])
+        == 0
+    )
+    return folder / "cut"
+
+
+@pytest.mark.skipif(
+    not Path(".venv-judge/bin/python").exists(), reason="needs the judge's environment: make setup-judge"
+)
+def test_a_tiny_flux_learns_from_the_tiny_judge_that_the_run_starts_in_vllm(tmp_path: Path) -> None:
+    run_dir = train("shapes_image", tmp_path, "judge.server.device=cpu", "judge.server.start_s=400")
+    before, after = read_metrics(run_dir)
+    questions = 2 * 3  # half of the six pairs of each group
+    assert after["judge/verdicts"] == questions and after["judge/parse_rate"] == 1 and after["judge/masked_share"] == 0
+    assert 0 < before["heldout/oracle"] < 1 and 0 < after["heldout/oracle"] < 1 and 0 <= after["heldout/win_rate"] <= 1
+    assert after["policy/grad_norm"] > 0
+    asked = [*read_verdicts(run_dir / FILE_NAME)]
+    assert len(asked) == questions + HELDOUT and {entry.verdict.status for entry in asked} == {"ok"}
+    assert all(entry.verdict.dimensions.keys() >= {"alignment", "quality", "aesthetics"} for entry in asked)
+    assert (run_dir / "judge_0.log").stat().st_size > 0
+
+
+def test_a_tiny_wan_learns_from_an_oracle_and_its_clips_are_shown(tmp_path: Path) -> None:
+    run_dir = train("shapes_video", tmp_path)
+    before, after = read_metrics(run_dir)
+    assert after["judge/verdicts"] == 2 * 6 and after["judge/parse_rate"] == 1
+    for row in (before, after):
+        assert {"heldout/oracle", "heldout/exact"} <= row.keys()
+    assert after["policy/grad_norm"] > 0
+    clips = sorted((run_dir / "samples").glob("*.mp4"))
+    assert clips and all(iio.imread(clip).shape[0] >= 9 for clip in clips)
+    assert "<video" in (run_dir / "report.html").read_text()
+    assert json.loads((run_dir / "config.json").read_text())["steps"] == 1
