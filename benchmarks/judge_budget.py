@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from grpo_flex.advantages import GroupRelative
-from grpo_flex.judging import judge_metrics
+from grpo_flex.judge_figures import judge_metrics
 from grpo_flex.pairing import Budgeted, Calibrated, Orders, PairPlan, Pivots, RoundRobin, Swiss
 from grpo_flex.rewards import ANCHORS, BradleyTerry, Reward, WinRate, overall_answers
 from grpo_flex.types import Verdict

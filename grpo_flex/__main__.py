@@ -166,7 +166,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from grpo_flex.console import status
+    from grpo_flex.status import status
 
     status(arguments.run_dir)
     return 0

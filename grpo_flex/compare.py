@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_flex import pictures
-from grpo_flex.console import duration
 from grpo_flex.metrics import Row, check_run, curve, headline_key, keys_of, read_metrics, step_seconds
 from grpo_flex.report import flatten
+from grpo_flex.terminal import duration
 from grpo_flex.types import Sample
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
+from grpo_flex.config_rules import rules_between_parts
 from grpo_flex.dynamics import Ode
 from grpo_flex.field_types import fits, hints, is_finite, is_part, spell
 from grpo_flex.pairing import Calibrated, PairPlan
-from grpo_flex.reward_checks import reward_problems
 
 if TYPE_CHECKING:
     from grpo_flex.advantages import Advantage
@@ -485,42 +485,8 @@ class RunConfig:
             yield "name", f"is {self.name!r}; it names a directory below runs_dir, so it needs a plain file name"
         if self.steps < 1:
             yield "steps", f"is {self.steps}; a run needs at least 1 training step, or nothing would be learnt"
-        if self.objective.needs_noise and not getattr(self.sampling.dynamics, "stochastic", True):
-            yield (
-                "sampling.dynamics",
-                f"has no noise, so its steps have no density for {type(self.objective).__name__} to learn from; "
-                "use e.g. FlowSde(a=0.7)",
-            )
-        if isinstance(self.adapter, Full):
-            yield from self._whole_weights(self.adapter)
-        if self.placement.broadcast:
-            yield from self._no_broadcast()
-        yield from reward_problems(self)
         yield from self._heldout_size()
-        if self.placement.colocated and self.sampling.lookahead:
-            yield (
-                "sampling.lookahead",
-                f"is {self.sampling.lookahead} with placement.colocated, where the weights that sample are the learner's "
-                "own, never older ones: set it to 0, or keep rollout workers apart",
-            )
-        if self.objective.old_sampled and self.sampling.lookahead:
-            yield (
-                "sampling.lookahead",
-                f"is {self.sampling.lookahead} with {type(self.objective).__name__}, whose ratio needs the weights that "
-                "sampled, while the learner has only newer ones: it would weigh samples wrongly; set it to 0",
-            )
-        if self.optimizer.updates_per_rollout > self.prompts.per_step:
-            yield (
-                "optimizer.updates_per_rollout",
-                f"is {self.optimizer.updates_per_rollout}, more than the {self.prompts.per_step} groups of a step "
-                "(prompts.per_step): some updates would have nothing to learn from",
-            )
-        elif (most := self.prompts.per_step // self.optimizer.updates_per_rollout) < self.placement.learners:
-            yield (
-                "placement.learners",
-                f"is {self.placement.learners}, but an update has {most} groups (prompts.per_step / "
-                "optimizer.updates_per_rollout): some learners would have nothing to do",
-            )
+        yield from rules_between_parts(self)
 
     @property
     def heldout_generator(self) -> Generator:
@@ -539,42 +505,6 @@ class RunConfig:
         if given and hasattr(self.generator, "problems"):
             asked: Any = self.heldout_generator
             yield from ((f"evaluation.{name}", text) for name, text in asked.problems() if name in given)
-
-    def _whole_weights(self, full: Full) -> Iterator[Problem]:
-        """What full fine-tuning does not go with."""
-        memory = getattr(self.generator, "memory", None)
-        if memory is not None and memory.base_bits:
-            yield (
-                "generator.memory.base_bits",
-                f"is {memory.base_bits} with adapter=Full(): quantised weights cannot be trained; set 0, or train a LoRA adapter",
-            )
-        asks = {
-            "objective": self.objective.needs_base or self.objective.first_beta > 0,
-            "evaluation.versus_base": self.judge is not None and self.evaluation.versus_base > 0,
-        }
-        for name in (name for name, asked in asks.items() if asked and not full.keep_base):
-            yield (
-                "adapter.keep_base",
-                f"is false, but {name} compares with the base weights, which nobody would have; set it to true",
-            )
-
-    def _no_broadcast(self) -> Iterator[Problem]:
-        """Why weights cannot be broadcast."""
-        name = "placement.broadcast"
-        if not isinstance(self.adapter, Full):
-            yield (
-                name,
-                "is true with a LoRA adapter, which is small and goes through Ray's object store: set it to false, or train "
-                "all weights with adapter=Full()",
-            )
-        if self.placement.colocated:
-            yield name, "is true with placement.colocated, where no weights travel: set one of the two to false"
-        if self.sampling.lookahead:
-            yield (
-                name,
-                f"is true with sampling.lookahead={self.sampling.lookahead}: workers then need weights of several versions, "
-                "and after a broadcast they hold one; set it to false, or sampling.lookahead=0",
-            )
 
     def validate(self) -> None:
         """Raise ConfigError with every complaint of every part, each under its dotted name."""

@@ -34,8 +34,7 @@ from grpo_flex.endpoints import (
     hit_rates,
     is_alive,
 )
-from grpo_flex.rewards import ANCHORS, overall_answers, win_rates
-from grpo_flex.rewards import anchor_answers as answers_of_anchor
+from grpo_flex.rewards import overall_answers
 from grpo_flex.sources import fitted_source
 from grpo_flex.types import Prompt, RolloutGroup, Verdict, VerdictStatus
 from grpo_flex.verdicts import VerdictLog
@@ -44,7 +43,7 @@ from reward_server.families.base import Completion
 if TYPE_CHECKING:
     from grpo_flex.config import Judge
 
-__all__ = ["JudgeClient", "JudgeUnreachable", "check_endpoints", "judge_metrics", "judged_share"]
+__all__ = ["JudgeClient", "JudgeUnreachable", "check_endpoints"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -436,91 +435,3 @@ def _data_url(image: Any) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)  # speed: the judge is near, and noise does not compress
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-# ---------------------------------------------------------------- figures
-
-
-def judged_share(verdicts: Sequence[Verdict]) -> float:
-    """Share of a group's questions that were answered; compare it with ``judge.min_judged``."""
-    return sum(v.status == "ok" for v in verdicts) / len(verdicts) if verdicts else 0.0
-
-
-def judge_metrics(groups: Sequence[Sequence[Verdict]]) -> dict[str, float]:
-    """``judge/…`` figures of a step from each group's verdicts.
-
-    ``parse_rate`` counts replies that were read among those that came; ``masked_share`` everything that is not
-    "ok"; ``order_consistency`` the pairs asked in both orders whose answers agree; latencies are
-    seconds on the wire, all tries together; ``kendall_w`` is the mean over groups of the agreement between overall and anchor ranks.
-    """
-    verdicts = [v for group in groups for v in group]
-    if not verdicts:
-        return {}
-    statuses = Counter[VerdictStatus](v.status for v in verdicts)
-    came = statuses["ok"] + statuses["unparsed"]
-    found = {
-        "judge/verdicts": float(len(verdicts)),
-        "judge/masked_share": 1 - statuses["ok"] / len(verdicts),
-        **{f"judge/{s}": float(statuses[s]) for s in ("ok", "unparsed", "timeout", "failed")},
-        "judge/latency_p50": float(np.percentile([v.seconds for v in verdicts], 50)),
-        "judge/latency_p95": float(np.percentile([v.seconds for v in verdicts], 95)),
-    }
-    if came:
-        found["judge/parse_rate"] = statuses["ok"] / came
-        found["judge/tokens_per_verdict"] = sum(v.tokens for v in verdicts) / came
-    problems = Counter(v.problem for v in verdicts if v.problem)
-    found |= {f"judge/problem/{name.replace(' ', '_')}": float(n) for name, n in sorted(problems.items())}
-    return found | _pair_metrics(groups)
-
-
-def _pair_metrics(groups: Sequence[Sequence[Verdict]]) -> dict[str, float]:
-    answers = [overall_answers(group) for group in groups]
-    flat = [winner for group in answers for _, _, winner in group]
-    found: dict[str, float] = {}
-    if flat:
-        found["judge/tie_rate"] = float(np.mean([w == 0.5 for w in flat]))
-    decided = [w for w in flat if w != 0.5]
-    if decided:
-        found["judge/first_position_win_rate"] = float(np.mean([w == 0.0 for w in decided]))
-    agreed = [a for group in answers for a in order_agreements(group)]
-    if agreed:
-        found["judge/order_consistency"] = float(np.mean(agreed))
-    concordances = [w for group in groups if (w := group_concordance(group)) is not None]
-    if concordances:
-        found["judge/kendall_w"] = float(np.mean(concordances))
-    return found
-
-
-def order_agreements(answers: Sequence[tuple[int, int, float]]) -> list[bool]:
-    """For each pair answered in both orders, whether the two answers name the same sibling (or both a tie)."""
-    given = {(i, j): winner for i, j, winner in answers}
-    return [given[i, j] == 1 - given[j, i] for i, j in given if i < j and (j, i) in given]
-
-
-def group_concordance(verdicts: Sequence[Verdict]) -> float | None:
-    """Kendall's W between the group's rankings by overall and by anchor win rate; None where undefined.
-
-    1: overall verdict and anchors rank the siblings alike; about 1/m for m unrelated rankings.
-    """
-    size = 1 + max((m for v in verdicts for m in v.members), default=-1)
-    sources = [overall_answers(verdicts), *(answers_of_anchor(verdicts, a) for a in ANCHORS)]
-    rates = [win_rates(answers, size) for answers in sources if answers]
-    whole = [r for r in rates if not np.isnan(r).any()]
-    return kendall_w(np.stack(whole)) if len(whole) >= 2 else None
-
-
-def kendall_w(ratings_MG: np.ndarray) -> float | None:
-    """Kendall's coefficient of concordance of M raters over G items, with the correction for ties.
-
-    W = (12 S) / (M²(G³ - G) - M·ΣT), S the sum of squared deviations of the items' rank sums and
-    T = Σ(t³ - t) over a rater's tied runs (Kendall & Gibbons, Rank Correlation Methods). None if all are tied.
-    """
-    from scipy.stats import rankdata
-
-    raters, items = ratings_MG.shape
-    ranks = np.stack([rankdata(r.round(12)) for r in ratings_MG])
-    spread = float(((ranks.sum(0) - raters * (items + 1) / 2) ** 2).sum())
-    runs = [np.unique(r, return_counts=True)[1] for r in ranks]
-    ties = sum(float((t**3 - t).sum()) for t in runs)
-    whole = raters**2 * (items**3 - items) - raters * ties
-    return 12 * spread / whole if whole > 0 else None

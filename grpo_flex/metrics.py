@@ -117,8 +117,14 @@ def step_seconds(row: Row) -> float | None:
     """Wall-clock seconds of a step: perf/step_s where it was measured, else the sum of the phases."""
     if row.get("perf/step_s") is not None:
         return row["perf/step_s"]
-    phases = [v for k, v in row.items() if k.startswith("perf/") and k.endswith("_s") and v is not None]
-    return sum(phases) if phases else None
+    phases = phase_seconds(row)
+    return sum(phases.values()) if phases else None
+
+
+def phase_seconds(row: Row | Mapping[str, float]) -> dict[str, float]:
+    """Phase -> seconds, of one step; the step as a whole is no phase."""
+    found = {k[len("perf/") : -2]: v for k, v in row.items() if k.startswith("perf/") and k.endswith("_s")}
+    return {name: value for name, value in found.items() if value is not None and name != "step"}
 
 
 # ---------------------------------------------------------------- writing

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 from grpo_flex import checkpoint, verdicts
 from grpo_flex.config import ConfigError, Judge, RunConfig
 from grpo_flex.config_file import from_json, to_json
-from grpo_flex.console import running_pid
 from grpo_flex.copied_run import Copy, check_writable, is_copy, problem
 from grpo_flex.generators.encodings import report
 from grpo_flex.mirror import Mirror
 from grpo_flex.overrides import override
 from grpo_flex.prompts import PromptStream, fingerprint, read_prompts
 from grpo_flex.room import apart, check_room
+from grpo_flex.status import running_pid
 from grpo_flex.types import Adapter
 
 if TYPE_CHECKING:
@@ -303,8 +303,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def _finish(run_dir: Path, config: RunConfig, status: int, mirror: Mirror | None) -> None:
-    from grpo_flex.console import summary
     from grpo_flex.report import write_report
+    from grpo_flex.status import summary
 
     write_report(run_dir)
     if mirror is not None:

@@ -24,8 +24,8 @@ from grpo_flex.config import RunConfig
 from grpo_flex.console import Console
 from grpo_flex.fleet import Job
 from grpo_flex.guards import Regress, regress, spread, versus_base
+from grpo_flex.judge_figures import judge_metrics, judged_share
 from grpo_flex.judge_server import JudgeAway, JudgeServer
-from grpo_flex.judging import judge_metrics, judged_share
 from grpo_flex.metrics import RunLog, VerdictRow, curve, headline_key, mean_scores, read_metrics
 from grpo_flex.mirror import Mirror
 from grpo_flex.prompts import PromptStream, seed_for

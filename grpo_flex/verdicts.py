@@ -220,7 +220,7 @@ def main(
 def _step_table(entries: Sequence[Entry]) -> Any:
     from rich.table import Table
 
-    from grpo_flex.judging import judge_metrics
+    from grpo_flex.judge_figures import judge_metrics
 
     groups: dict[int, dict[str, list[Verdict]]] = defaultdict(lambda: defaultdict(list))
     for e in entries:

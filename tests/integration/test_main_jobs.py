@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import imageio.v3 as iio
 import pytest
@@ -18,8 +19,8 @@ CUT_DOWN = ("steps=1", "prompts.per_step=2", "sampling.group_size=4", f"evaluati
 pytestmark = pytest.mark.slow
 
 
-def train(recipe: str, folder: Path, *words: str) -> Path:
-    """Runs the recipe's one step on four held-out prompts; the run's directory."""
+def train(recipe: str, folder: Path, *words: str) -> tuple[Path, list[dict[str, Any]]]:
+    """Runs the recipe's one step on four held-out prompts; the run's directory and its metrics."""
     experiment, heldout = f"experiments/{recipe}.py", folder / "heldout.jsonl"
     prompts = Path(load_experiment(experiment).prompts.heldout).read_text().splitlines()[:HELDOUT]
     heldout.write_text("\n".join(prompts) + "\n")
@@ -27,15 +28,15 @@ def train(recipe: str, folder: Path, *words: str) -> Path:
         main(["train", experiment, f"runs_dir={folder}", "name=cut", f"prompts.heldout={heldout}", *CUT_DOWN, *words])
         == 0
     )
-    return folder / "cut"
+    return folder / "cut", [dict(row) for row in read_metrics(folder / "cut")]
 
 
 @pytest.mark.skipif(
     not Path(".venv-judge/bin/python").exists(), reason="needs the judge's environment: make setup-judge"
 )
 def test_a_tiny_flux_learns_from_the_tiny_judge_that_the_run_starts_in_vllm(tmp_path: Path) -> None:
-    run_dir = train("shapes_image", tmp_path, "judge.server.device=cpu", "judge.server.start_s=400")
-    before, after = read_metrics(run_dir)
+    judge = ("judge.server.device=cpu", "judge.server.start_s=400")
+    run_dir, (before, after) = train("shapes_image", tmp_path, *judge)
     questions = 2 * 3  # half of the six pairs of each group
     assert after["judge/verdicts"] == questions and after["judge/parse_rate"] == 1 and after["judge/masked_share"] == 0
     assert 0 < before["heldout/oracle"] < 1 and 0 < after["heldout/oracle"] < 1 and 0 <= after["heldout/win_rate"] <= 1
@@ -47,8 +48,7 @@ def test_a_tiny_flux_learns_from_the_tiny_judge_that_the_run_starts_in_vllm(tmp_
 
 
 def test_a_tiny_wan_learns_from_an_oracle_and_its_clips_are_shown(tmp_path: Path) -> None:
-    run_dir = train("shapes_video", tmp_path)
-    before, after = read_metrics(run_dir)
+    run_dir, (before, after) = train("shapes_video", tmp_path)
     assert after["judge/verdicts"] == 2 * 6 and after["judge/parse_rate"] == 1
     for row in (before, after):
         assert {"heldout/oracle", "heldout/exact"} <= row.keys()

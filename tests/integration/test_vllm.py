@@ -22,7 +22,8 @@ from PIL import Image
 from experiments import shapes_image
 from grpo_flex.config import Judge
 from grpo_flex.endpoints import check_endpoints
-from grpo_flex.judging import JudgeClient, judge_metrics
+from grpo_flex.judge_figures import judge_metrics
+from grpo_flex.judging import JudgeClient
 from grpo_flex.pairing import RoundRobin
 from grpo_flex.types import Prompt, Verdict
 from reward_server.__main__ import main

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from grpo_flex.console import Console, duration, status, summary
+from grpo_flex.console import Console
+from grpo_flex.status import status, summary
+from grpo_flex.terminal import duration
 from tests.unit.run_stand_in import make_run
 
 

@@ -20,16 +20,8 @@ from PIL import Image
 
 from grpo_flex.config import Judge
 from grpo_flex.endpoints import EndpointPool, base_url
-from grpo_flex.judging import (
-    JudgeClient,
-    JudgeUnreachable,
-    check_endpoints,
-    encode_media,
-    judge_metrics,
-    judged_share,
-    kendall_w,
-    request_seed,
-)
+from grpo_flex.judge_figures import judge_metrics, judged_share, kendall_w
+from grpo_flex.judging import JudgeClient, JudgeUnreachable, check_endpoints, encode_media, request_seed
 from grpo_flex.pairing import RoundRobin, Swiss
 from grpo_flex.types import Prompt, RolloutGroup, Trajectories, Verdict
 from grpo_flex.verdicts import drop_from_step, read_verdicts

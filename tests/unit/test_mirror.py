@@ -16,9 +16,9 @@ import torch
 
 from grpo_flex import checkpoint, run
 from grpo_flex.config import ConfigError, RunConfig
-from grpo_flex.console import status
 from grpo_flex.copied_run import MANIFEST, RECORD, Copy, Manifest, MirrorError, check_writable
 from grpo_flex.mirror import Mirror
+from grpo_flex.status import status
 
 
 def advance(run_dir: Path, step: int, keep: int = 2) -> None:

@@ -20,7 +20,7 @@ from transformers import CLIPModel, CLIPProcessor
 from grpo_flex.advantages import Gdpo
 from grpo_flex.config import ConfigError, RunConfig
 from grpo_flex.config_file import from_json, to_json
-from grpo_flex.judging import judge_metrics, judged_share
+from grpo_flex.judge_figures import judge_metrics, judged_share
 from grpo_flex.overrides import override
 from grpo_flex.rewards import BradleyTerry, Consistent, Pointwise, Several, WinRate
 from grpo_flex.scorers import Aesthetic, ClipScore, HpsV2, PickScore, label, score_group, scorer_metrics

@@ -1,0 +1,185 @@
+"""What must hold between the parts of a configuration; what one part needs by itself is in its own ``problems()``.
+
+Part of ``RunConfig.problems``: each function yields ``(field, complaint)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from grpo_flex.config import Problem, RunConfig
+
+
+def rules_between_parts(config: RunConfig) -> Iterator[Problem]:
+    """All complaints that are about more than one part."""
+    yield from _noise(config)
+    yield from _whole_weights(config)
+    yield from _broadcast(config)
+    yield from _who_judges(config)
+    yield from _scorers(config)
+    if config.judge is not None:
+        yield from _medium(config)
+        yield from _sources(config)
+    yield from _lookahead(config)
+    yield from _updates(config)
+
+
+# ---------------------------------------------------------------- sampler, objective, processes
+
+
+def _noise(config: RunConfig) -> Iterator[Problem]:
+    if config.objective.needs_noise and not getattr(config.sampling.dynamics, "stochastic", True):
+        yield (
+            "sampling.dynamics",
+            f"has no noise, so its steps have no density for {type(config.objective).__name__} to learn from; "
+            "use e.g. FlowSde(a=0.7)",
+        )
+
+
+def _whole_weights(config: RunConfig) -> Iterator[Problem]:
+    """What full fine-tuning does not go with."""
+    from grpo_flex.config import Full
+
+    if not isinstance(config.adapter, Full):
+        return
+    memory = getattr(config.generator, "memory", None)
+    if memory is not None and memory.base_bits:
+        yield (
+            "generator.memory.base_bits",
+            f"is {memory.base_bits} with adapter=Full(): quantised weights cannot be trained; set 0, or train a LoRA adapter",
+        )
+    asks = {
+        "objective": config.objective.needs_base or config.objective.first_beta > 0,
+        "evaluation.versus_base": config.judge is not None and config.evaluation.versus_base > 0,
+    }
+    for name in (name for name, asked in asks.items() if asked and not config.adapter.keep_base):
+        yield (
+            "adapter.keep_base",
+            f"is false, but {name} compares with the base weights, which nobody would have; set it to true",
+        )
+
+
+def _broadcast(config: RunConfig) -> Iterator[Problem]:
+    """Why weights cannot be broadcast."""
+    from grpo_flex.config import Full
+
+    name = "placement.broadcast"
+    if not config.placement.broadcast:
+        return
+    if not isinstance(config.adapter, Full):
+        yield (
+            name,
+            "is true with a LoRA adapter, which is small and goes through Ray's object store: set it to false, or train "
+            "all weights with adapter=Full()",
+        )
+    if config.placement.colocated:
+        yield name, "is true with placement.colocated, where no weights travel: set one of the two to false"
+    if config.sampling.lookahead:
+        yield (
+            name,
+            f"is true with sampling.lookahead={config.sampling.lookahead}: workers then need weights of several versions, "
+            "and after a broadcast they hold one; set it to false, or sampling.lookahead=0",
+        )
+
+
+def _lookahead(config: RunConfig) -> Iterator[Problem]:
+    name, ahead = "sampling.lookahead", config.sampling.lookahead
+    if ahead and config.placement.colocated:
+        yield (
+            name,
+            f"is {ahead} with placement.colocated, where the weights that sample are the learner's "
+            "own, never older ones: set it to 0, or keep rollout workers apart",
+        )
+    if ahead and config.objective.old_sampled:
+        yield (
+            name,
+            f"is {ahead} with {type(config.objective).__name__}, whose ratio needs the weights that "
+            "sampled, while the learner has only newer ones: it would weigh samples wrongly; set it to 0",
+        )
+
+
+def _updates(config: RunConfig) -> Iterator[Problem]:
+    """Groups enough for every update and every learner."""
+    updates, groups = config.optimizer.updates_per_rollout, config.prompts.per_step
+    if updates > groups:
+        yield (
+            "optimizer.updates_per_rollout",
+            f"is {updates}, more than the {groups} groups of a step (prompts.per_step): some updates would have nothing to "
+            "learn from",
+        )
+    elif (most := groups // updates) < config.placement.learners:
+        yield (
+            "placement.learners",
+            f"is {config.placement.learners}, but an update has {most} groups (prompts.per_step / "
+            "optimizer.updates_per_rollout): some learners would have nothing to do",
+        )
+
+
+# ---------------------------------------------------------------- judge, scorers, reward, generator
+
+
+def _who_judges(config: RunConfig) -> Iterator[Problem]:
+    if config.judge is None and not config.scorers:
+        yield "judge", "is none and scorers is empty: nobody would say which sibling is better; give one of the two"
+    if not getattr(config.reward, "compares", False):
+        return
+    reward = f"is {type(config.reward).__name__}, which counts wins, but"
+    if config.judge is None:
+        yield "reward", f"{reward} judge is none: no pair would ever be judged; use Pointwise, or set a judge"
+    elif config.judge.family.candidates == 1:
+        yield (
+            "reward",
+            f"{reward} judge.family {type(config.judge.family).__name__} looks at one sibling at a time: no pair would "
+            "ever be judged; use Pointwise, or a family that compares two",
+        )
+
+
+def _scorers(config: RunConfig) -> Iterator[Problem]:
+    from grpo_flex.scorers import label
+
+    for i, scorer in enumerate(config.scorers):
+        if not callable(scorer):
+            yield f"scorers.{i}", f"is {scorer!r}; it needs to be callable as scorer(media, prompt)"
+    names = [label(scorer) for scorer in config.scorers]
+    for name in sorted({n for n in names if names.count(n) > 1}):
+        yield "scorers", f"holds two that are called {name!r}; give each a field or attribute `name` of its own"
+
+
+def _medium(config: RunConfig) -> Iterator[Problem]:
+    """Pictures for a judge of pictures, clips for a judge of clips."""
+    assert config.judge is not None
+    family, frames = config.judge.family, getattr(config.generator, "frames", 1)
+    who, made = f"is {family.medium!r} of {type(family).__name__}", type(config.generator).__name__
+    if family.medium == "video" and frames == 1:
+        yield (
+            "judge.family.medium",
+            f"{who}, which judges clips, but {made} makes single pictures: it would be asked about motion that is not there; "
+            "set it to image, or take a generator of clips such as Wan",
+        )
+    if family.medium == "image" and frames > 1:
+        yield (
+            "judge.family.medium",
+            f"{who}, which judges one picture, but {made} makes clips of {frames} frames: it would see the middle one alone, "
+            "and the reward would ignore motion; set it to video, if the family takes it, or generator.frames to 1",
+        )
+
+
+def _sources(config: RunConfig) -> Iterator[Problem]:
+    """A judge of edits for an editor."""
+    assert config.judge is not None
+    family, made = config.judge.family, type(config.generator).__name__
+    edits, who = getattr(config.generator, "edits", False), f"is {type(family).__name__}, which"
+    if family.sources and not edits:
+        yield (
+            "judge.family",
+            f"{who} judges edits beside the picture that was edited, but {made} edits none; take a family such as Flex, or an "
+            "editor such as FluxKontext",
+        )
+    if edits and not family.sources:
+        yield (
+            "judge.family",
+            f"{who} is not shown the picture that {made} edits: a sample that has nothing of it could win; take EditPair or "
+            "EditPoint (reward_server/families/edit.py)",
+        )
