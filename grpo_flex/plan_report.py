@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from grpo_flex.config import Full
-from grpo_flex.plan import GIB, Plan, Process, first_change
+from grpo_flex.plan import GIB, Plan, Process
+from grpo_flex.plan_changes import first_change
 
 TIGHT = 0.9
 """A card that is fuller than this by the plan leaves little for what the plan does not count."""

@@ -13,14 +13,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from grpo_flex import plan
+from grpo_flex import plan_changes
 from grpo_flex.__main__ import main
 from grpo_flex.config import ConfigError, RunConfig
 from grpo_flex.generators.blank import KNOWN, blank_pipeline, describe, stand_in, without_weights
 from grpo_flex.generators.flux import Flux
 from grpo_flex.learner import Learner
 from grpo_flex.overrides import override
-from grpo_flex.plan import GIB, Plan, Process, first_change, make_plan
+from grpo_flex.plan import GIB, Plan, Process, make_plan
+from grpo_flex.plan_changes import first_change
 from grpo_flex.plan_report import report
 from grpo_flex.tracing import LiveBytes, cost, saved_bytes
 from tests.configs import tiny_config
@@ -240,7 +241,7 @@ def test_the_first_change_that_makes_it_fit(
         size = 40 * (0.75 if generator.dtype == "bfloat16" else 1) * (0.5 if generator.memory.checkpoint_every else 1)
         return planned(config, process("learner", 1, 1, size))
 
-    monkeypatch.setattr(plan, "make_plan", weighed)
+    monkeypatch.setattr(plan_changes, "make_plan", weighed)
     found = first_change(weighed(config), 1, gpu_memory)
     assert (found and found[0]) == changes
 
@@ -253,7 +254,7 @@ def test_a_smaller_micro_batch_is_the_first_thing_to_try(config: RunConfig, monk
         size = 10 + 5 * (config.sampling.micro_batch or config.sampling.group_size)
         return planned(config, process("learner", 1, 1, size * (0.5 if generator.memory.checkpoint_every else 1)))
 
-    monkeypatch.setattr(plan, "make_plan", weighed)
+    monkeypatch.setattr(plan_changes, "make_plan", weighed)
     for memory, changes in (
         (20, ["sampling.micro_batch=2"]),
         (15, ["sampling.micro_batch=1"]),
