@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not found:
         raise SystemExit(f"{options.out} holds nothing of this comparison yet")
     print(table(found))
-    plot(found, options.out / "judges.png", "training step")
+    plot({"the same run under different judges": found}, options.out / "judges.png", "training step")
     print(f"plot: {options.out / 'judges.png'}")
 
 

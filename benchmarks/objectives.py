@@ -19,13 +19,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from benchmarks import kept
-from benchmarks.plots import plot
+from benchmarks.plots import Curves, plot
 from grpo_flex.advantages import BestAndWorst
 from grpo_flex.config import RunConfig
 from grpo_flex.config_file import load_experiment
@@ -272,19 +273,28 @@ def summary(result: Mapping[str, Any]) -> dict[str, float]:
     """One run's figures of the table; NaN for a goal that it did not reach."""
     curve, steps = result["curve"], result["steps"]
     first, last = curve[0], curve[-1]
-    reached = next((p for p in curve if p["oracle"] >= first["oracle"] + GOAL), None)
+    goal = first["oracle"] + GOAL
     spread = [s["policy/diversity_pixel"] for s in steps if "policy/diversity_pixel" in s]
     return {
         "oracle": last["oracle"],
         "gain": last["oracle"] - first["oracle"],
         "best": max(p["oracle"] for p in curve),
         "steps": last["step"],
-        "goal_steps": reached["step"] if reached else np.nan,
-        "goal_seconds": reached["seconds"] if reached else np.nan,
+        "goal_steps": reached(curve, goal, "step"),
+        "goal_seconds": reached(curve, goal, "seconds"),
         "forwards": last["forwards"],
         "verdicts": sum(s["verdicts"] for s in steps),
         "diversity": float(np.mean(spread[-ENDS:]) / np.mean(spread[:ENDS])) if spread else np.nan,
     }
+
+
+def reached(curve: Sequence[Mapping[str, float]], goal: float, axis: str) -> float:
+    """Where a curve first meets the goal, by straight lines between its evaluations; NaN where it does not."""
+    for before, after in pairwise(curve):
+        if after["oracle"] >= goal:
+            share = (goal - before["oracle"]) / (after["oracle"] - before["oracle"])
+            return before[axis] + share * (after[axis] - before[axis])
+    return np.nan
 
 
 def judged(result: Mapping[str, Any]) -> np.ndarray:
@@ -334,9 +344,13 @@ def _of_those(values: np.ndarray) -> str:
     return f"{there.mean():.0f} ({len(there)}/{len(values)})" if len(there) else f"– (0/{len(values)})"
 
 
-def curves(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[list[tuple[float, float]]]]:
-    """(training seconds, held-out score) of every run, by configuration."""
-    return {name: [[(p["seconds"], p["oracle"]) for p in run["curve"]] for run in runs] for name, runs in found.items()}
+def panels(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Curves]:
+    """(training seconds, held-out score) of every run, by configuration; objectives on steps and on samples apart."""
+    made = {name: [[(p["seconds"], p["oracle"]) for p in run["curve"]] for run in runs] for name, runs in found.items()}
+    on_steps = {name: curves for name, curves in made.items() if name.startswith(("grpo", "guard"))}
+    on_samples = {name: curves for name, curves in made.items() if name not in on_steps}
+    titled = {"policy gradient on noisy steps": on_steps, "learning from noised samples": on_samples}
+    return {title: curves for title, curves in titled.items() if curves}
 
 
 # ---------------------------------------------------------------- command line
@@ -374,7 +388,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not found:
         raise SystemExit(f"{options.out} holds no finished run yet")
     print(table(found))
-    plot(curves(found), options.out / "objectives.png", "training time, s")
+    plot(panels(found), options.out / "objectives.png", "training time, s")
     print(f"plot: {options.out / 'objectives.png'}")
 
 

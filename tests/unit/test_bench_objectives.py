@@ -55,27 +55,31 @@ def result(name: str, seed: int, scores: list[float], diversity: list[float]) ->
 def test_summary_by_hand() -> None:
     row = bench.summary(result("a", 0, [0.4, 0.5, 0.6, 0.58], [0.2, 0.2, 0.2, 0.1, 0.1, 0.1]))
     assert row == pytest.approx(
-        {"oracle": 0.58, "gain": 0.18, "best": 0.6, "steps": 6, "goal_steps": 4, "goal_seconds": 60,
+        {"oracle": 0.58, "gain": 0.18, "best": 0.6, "steps": 6, "goal_steps": 3, "goal_seconds": 45,
          "forwards": 15000, "verdicts": 5760, "diversity": 0.5}
     )  # fmt: skip
 
 
 def test_table_and_plot(tmp_path: Path) -> None:
     ten = [1.0] * 10
-    runs = [result("slow", 0, [0.4, 0.41], ten), result("fast", 0, [0.4, 0.6], ten), result("fast", 1, [0.4, 0.5], ten)]
+    runs = [result("slow", 0, [0.4, 0.41], ten), result("fast", 0, [0.4, 0.7], ten), result("fast", 1, [0.4, 0.5], ten)]
     for one in runs:
         bench.kept.write(tmp_path / f"{one['name']}-s{one['seed']}.json", one)
     found = bench.results(tmp_path)
     assert list(found) == ["fast", "slow"]
     fast, slow = bench.table(found).splitlines()[2:]
     assert fast.startswith(
-        "| fast | 2 | 0.550 (0.500–0.600) | +0.150 | 0.550 | 0.550 | 10 | 10 (1/2) | 30 (1/2) | 5 | 10 | 1.00 |"
+        "| fast | 2 | 0.600 (0.500–0.700) | +0.200 | 0.600 | 0.600 | 10 | 5 (1/2) | 15 (1/2) | 5 | 10 | 1.00 |"
     )
     assert "– (0/1)" in slow
-    assert bench.at_budget(runs[1], 4800) == pytest.approx(0.5)
+    assert bench.at_budget(runs[1], 4800) == pytest.approx(0.55)
     few = bench.table({"few": [result("few", 0, [0.4, 0.6], ten[:5])], "slow": runs[:1]})
     assert "at 4.8 k verdicts" in few and "| 0.405 |" in few
-    bench.plot(bench.curves(found), tmp_path / "plot.png", "seconds")
+    assert list(bench.panels(found | {"grpo-cps": runs[:1]}).values()) == [
+        {"grpo-cps": [[(0.0, 0.4), (30.0, 0.41)]]},
+        {"fast": [[(0.0, 0.4), (30.0, 0.7)], [(0.0, 0.4), (30.0, 0.5)]], "slow": [[(0.0, 0.4), (30.0, 0.41)]]},
+    ]
+    bench.plot(bench.panels(found), tmp_path / "plot.png", "seconds")
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
