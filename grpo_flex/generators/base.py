@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from grpo_flex.generators.known import index_of
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -109,36 +111,34 @@ def folder_problems(
 ) -> Iterator[tuple[str, str]]:
     """What can be told of ``generator.model`` without loading weights: is it there, of the right class, and whole?
 
-    ``parts`` are the components that it has to have. A name like "owner/model" that is no folder here is taken for a Hub id and not looked at.
+    ``parts`` are the components that it has to have. A name like "owner/model" that is no folder here is taken for a Hub
+    id; the Hub is not asked, but what this machine knows of the model is (``known.py``).
     """
-    folder, index = Path(model), Path(model) / "model_index.json"
+    folder = Path(model)
     looks_local = model.startswith((".", "/", "~")) or model.count("/") != 1 or folder.parent.is_dir()
-    if not folder.is_dir():
-        if looks_local:
-            yield (
-                "model",
-                f"is {model!r}, which is no folder here; give the folder of a saved {pipeline}, or a Hub id such as {hub_example}",
-            )
+    if looks_local and not folder.is_dir():
+        yield (
+            "model",
+            f"is {model!r}, which is no folder here; give the folder of a saved {pipeline}, or a Hub id such as {hub_example}",
+        )
         return
-    try:
-        said = json.loads(index.read_text())
-        found = said["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
+    said = index_of(model) or {}
+    found = said.get("_class_name")
+    if found is None and folder.is_dir():
         yield (
             "model",
             f"is {model!r}, which has no readable model_index.json; give a folder written by {pipeline}.save_pretrained",
         )
-        return
-    if found != pipeline:
+    elif found not in (None, pipeline):
         yield (
             "model",
             f"is {model!r}, which holds a {found}; this generator needs a {pipeline}: give one, such as {hub_example}, or name "
             f"the generator that is made for a {found} in the experiment",
         )
-        return
-    for part in parts:
-        if (said.get(part) or [None])[0] is None or not any((folder / part).glob("*")):
-            yield "model", f"is {model!r}, which has no {part}; give a folder with the whole {pipeline}"
+    elif folder.is_dir():
+        for part in parts:
+            if (said.get(part) or [None])[0] is None or not any((folder / part).glob("*")):
+                yield "model", f"is {model!r}, which has no {part}; give a folder with the whole {pipeline}"
 
 
 def check_weights(model: str, parts: Sequence[str]) -> None:

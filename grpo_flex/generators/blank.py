@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_flex.config import ConfigError
+from grpo_flex.generators.known import cached, public
 from grpo_flex.generators.picture import NEGATIVE
 
 if TYPE_CHECKING:
     from grpo_flex.generators.base import Conditioning
-
-KNOWN = Path(__file__).parent / "configs"
-"""Public configurations by Hub id, each with a note where its numbers come from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +59,10 @@ def describe(model: str) -> Description:
     Raises:
         ConfigError: neither; or a file of it cannot be read.
     """
-    folder = Path(model) if Path(model).is_dir() else _cached(model)
+    folder = Path(model) if Path(model).is_dir() else cached(model)
     if folder is not None:
         return _from_folder(folder)
-    known = {entry["hub"]: entry for entry in map(_read, sorted(KNOWN.glob("*.json")))}
+    known = public()
     if model not in known:
         raise ConfigError(
             f"generator.model is {model!r}, whose configuration is not on this machine; known without it: "
@@ -150,18 +148,6 @@ def _cast(module: Any, dtype: Any, kept: tuple[str, ...]) -> Any:
         if dtype is not None and tensor.is_floating_point() and not any(part in name.split(".") for part in kept):
             tensor.data = tensor.data.to(dtype)
     return module
-
-
-def _cached(model: str) -> Path | None:
-    """The folder of a Hub model's files on this machine, if they are there."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(model, "model_index.json")
-    except HFValidationError:
-        return None
-    return Path(found).parent if isinstance(found, str) else None
 
 
 def _from_folder(folder: Path) -> Description:

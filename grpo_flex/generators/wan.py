@@ -9,7 +9,6 @@ each has its adapter, which learns from the noise levels that its expert serves.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from grpo_flex.dynamics import shifted_sigmas
 from grpo_flex.generators.base import LORA_FILE, SECOND_LORA_FILE, write_denoiser, write_lora
+from grpo_flex.generators.known import index_of
 from grpo_flex.generators.picture import NEGATIVE, Picture, PictureModel
 
 if TYPE_CHECKING:
@@ -79,8 +79,7 @@ class Wan(Picture):
         if self.vae_dtype not in ("float32", "bfloat16"):
             yield "vae_dtype", f"is {self.vae_dtype!r}; it needs to be float32 or bfloat16"
         yield from self._guidance_problems()
-        if (index := Path(self.model) / "model_index.json").is_file() and "model" not in dict(wrong):
-            said = json.loads(index.read_text())
+        if "model" not in dict(wrong) and (said := index_of(self.model)):
             two = (said.get("transformer_2") or [None])[0] is not None
             yield from self.expert_problems(two, said.get("boundary_ratio"))
 

@@ -89,3 +89,29 @@ def test_a_model_without_a_name_is_not_the_experiments_own(capsys: pytest.Captur
     """--model "$MODEL" with nothing in MODEL."""
     assert main(["train", EXPERIMENT, "--model", "", "--dry-run"]) == 2
     assert "generator.model is ''" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("known", ["public", "cached"])
+def test_a_hub_model_of_another_class_is_refused_without_the_hub(
+    known: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = "Wan-AI/Wan2.1-T2V-14B-Diffusers"
+    if known == "cached":
+        model, files = "somebody/her-wan", tmp_path / "models--somebody--her-wan"
+        for name, text in {
+            "refs/main": "abc",
+            "snapshots/abc/model_index.json": '{"_class_name": "WanPipeline"}',
+        }.items():
+            (files / name).parent.mkdir(parents=True)
+            (files / name).write_text(text)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert main(["train", EXPERIMENT, "--model", model, "--dry-run"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"error: generator.model is '{model}', which holds a WanPipeline; this generator needs a Flux"
+    )
+
+
+def test_a_hub_model_that_nothing_is_known_of_is_left_to_the_start(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", EXPERIMENT, "--model", "somebody/her-flux", "--dry-run"]) == 0
+    assert "Valid; nothing was started" in capsys.readouterr().out

@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from grpo_flex import plan_changes
 from grpo_flex.__main__ import main
 from grpo_flex.config import ConfigError, RunConfig
-from grpo_flex.generators.blank import KNOWN, blank_pipeline, describe, stand_in, without_weights
+from grpo_flex.generators.blank import blank_pipeline, describe, stand_in, without_weights
 from grpo_flex.generators.flux import Flux
+from grpo_flex.generators.known import KNOWN
 from grpo_flex.learner import Learner
 from grpo_flex.overrides import override
 from grpo_flex.plan import GIB, Plan, Process, make_plan
