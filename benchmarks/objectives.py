@@ -88,7 +88,7 @@ SDES: dict[str, dict[str, Any]] = {
 """Flow-SDE as in the recipe."""
 CONFIGURATIONS: dict[str, Change] = {
     **{f"grpo-{name}": _on_steps(**sde) for name, sde in SDES.items()},
-    **{f"guard-{name}": _on_steps(Guard(clip=1e-4), **sde) for name, sde in SDES.items()},
+    **{f"guard-{name}": _on_steps(Guard(clip=1e-4), **sde) for name, sde in SDES.items() if name != "cps"},
     "grpo-flow_sde-all": _on_steps(window=AllButLast()),
     "grpo-flow_sde-mix": _on_steps(window=SlidingWindow(size=4)),
     "grpo-flow_sde-flash": _on_steps(window=SlidingWindow(size=4, flash=0.5), solver=Multistep()),

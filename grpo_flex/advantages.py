@@ -128,6 +128,11 @@ class _Several:
     clip: float = 5.0
     per_group: ClassVar[bool] = True
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The parts without which it has nothing to learn from; a run whose reward gives none of that name is ended."""
+        return self.parts
+
     def problems(self) -> Iterator[tuple[str, str]]:
         if not self.parts or len(set(self.parts)) != len(self.parts):
             yield "parts", f"is {self.parts}; it needs at least one part, each once"
@@ -260,6 +265,11 @@ class BestAndWorst:
     score: str = "dim"
     """The part that sifts them, e.g. a pointwise reward's. A group that lacks a part uses its ``rewards_G``."""
     per_group: ClassVar[bool] = True
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """A score that no group had would sift nothing: a run whose reward gives no part of that name is ended."""
+        return self.rank, self.score
 
     def __call__(self, rewarded: Sequence[RewardedGroup]) -> tuple[list[np.ndarray], dict[str, float]]:
         """float64 [G] per group, and ``advantage/…`` figures."""

@@ -91,6 +91,8 @@ class Sampling:
                 "steps",
                 f"is {self.steps}; it needs at least 2: the last one is never trained, so with fewer nothing would be learnt",
             )
+        else:
+            yield from (("window." + name, text) for name, text in self.window.fits(self.steps))
         if self.eval_steps < 1:
             yield (
                 "eval_steps",
@@ -101,7 +103,6 @@ class Sampling:
         yield from self._micro_batch_problems()
         if self.lookahead < 0:
             yield "lookahead", f"is {self.lookahead}; it cannot be negative (0: no step is sampled ahead)"
-        yield from (("window." + name, text) for name, text in self.window.fits(self.steps))
         if not hasattr(self.dynamics, "moments"):
             yield (
                 "dynamics",
@@ -332,6 +333,11 @@ class Evaluation:
         for name in (*SIZE, "versus_base", "stop_after", "stop_drop"):
             if getattr(self, name) < 0:
                 yield name, f"is {getattr(self, name)}; it cannot be negative"
+        if self.stop_on and not self.stop_on.startswith("heldout/"):
+            yield (
+                "stop_on",
+                f"is {self.stop_on!r}; it needs the whole name of a held-out figure, such as heldout/win_rate",
+            )
         if self.stop_after and self.scorer is None and not self.stop_on:
             yield (
                 "stop_after",
@@ -513,23 +519,51 @@ class RunConfig:
             raise ConfigError("\n".join(complaints))
 
 
-def _complaints(part: Any, prefix: str = "") -> Iterator[Problem]:
-    mistyped = set()
+VARIANTS: dict[str, tuple[tuple[str, ...], str]] = {
+    "generator": (("load",), "a generator, such as Flux(model=…)"),
+    "dynamics": (("moments", "advance"), "dynamics, such as FlowSde(a=0.7)"),
+    "window": (("select",), "a window of steps, such as AllButLast()"),
+    "solver": (("moments", "advance"), "a solver, such as Ode()"),
+    "eval_solver": (("moments", "advance"), "a solver, such as Ode()"),
+    "family": (("request",), "a family of judges, such as Flex()"),
+    "pairs": (("pairs",), "a pair plan, such as RoundRobin()"),
+    "reward": (("__call__",), "a reward, such as WinRate()"),
+    "advantage": (("__call__",), "an advantage, such as GroupRelative()"),
+    "objective": (("terms",), "an objective, such as Nft()"),
+}
+"""Fields that hold an object of a protocol: one of these it has to have, and how to say what it is."""
+
+
+def _complaints(part: Any) -> Iterator[Problem]:
+    yield from _mistyped(part)
+    yield from _broken_rules(part)
+
+
+def _mistyped(part: Any, prefix: str = "") -> Iterator[Problem]:
+    """Fields whose value is of another type, in a part and in the parts of it."""
     for f in fields(part):
-        value = getattr(part, f.name)
-        hint = hints(type(part)).get(f.name, Any)
-        if not is_part(value) and not fits(value, hint):
-            mistyped.add(f.name)
+        value, hint = getattr(part, f.name), hints(type(part)).get(f.name, Any)
+        abstract = hint is Any or getattr(hint, "_is_protocol", False)
+        offers, what = VARIANTS.get(f.name, ((), "")) if abstract else ((), "")
+        if offers and (isinstance(value, type) or not any(hasattr(value, name) for name in offers)):
+            yield f"{prefix}{f.name}", f"is {value!r}; it needs to be {what}"
+        elif not fits(value, hint):
             yield f"{prefix}{f.name}", f"is {value!r}; it needs to be {spell(hint)}"
         elif not is_finite(value):
-            mistyped.add(f.name)
             yield (
                 f"{prefix}{f.name}",
                 f"is {value!r}; it needs to be finite: all that is computed from it would be infinite or no number",
             )
         for name, inner in _parts_of(f.name, value):
-            yield from _complaints(inner, f"{prefix}{name}.")
-    if not mistyped and hasattr(part, "problems"):  # a part's own rules presume the right types
+            yield from _mistyped(inner, f"{prefix}{name}.")
+
+
+def _broken_rules(part: Any, prefix: str = "") -> Iterator[Problem]:
+    """What ``problems()`` of a part and of the parts of it say. They presume the right types, theirs and those below."""
+    for f in fields(part):
+        for name, inner in _parts_of(f.name, getattr(part, f.name)):
+            yield from _broken_rules(inner, f"{prefix}{name}.")
+    if hasattr(part, "problems") and not any(True for _ in _mistyped(part)):
         yield from ((prefix + name, text) for name, text in part.problems())
 
 

@@ -24,6 +24,7 @@ def rules_between_parts(config: RunConfig) -> Iterator[Problem]:
         yield from _sources(config)
     yield from _lookahead(config)
     yield from _updates(config)
+    yield from _watched(config)
 
 
 # ---------------------------------------------------------------- sampler, objective, processes
@@ -35,6 +36,13 @@ def _noise(config: RunConfig) -> Iterator[Problem]:
             "sampling.dynamics",
             f"has no noise, so its steps have no density for {type(config.objective).__name__} to learn from; "
             "use e.g. FlowSde(a=0.7)",
+        )
+    if config.objective.needs_diffusion and not getattr(config.sampling.dynamics, "diffuses", True):
+        yield (
+            "sampling.dynamics",
+            f"is {type(config.sampling.dynamics).__name__}, whose mean does not move with the velocity in proportion to a step's "
+            f"length; {type(config.objective).__name__} divides by that length and would weigh steps wrongly: take FlowSde or "
+            "Dance, or the objective Grpo",
         )
 
 
@@ -115,6 +123,23 @@ def _updates(config: RunConfig) -> Iterator[Problem]:
             f"is {config.placement.learners}, but an update has {most} groups (prompts.per_step / "
             "optimizer.updates_per_rollout): some learners would have nothing to do",
         )
+
+
+def _watched(config: RunConfig) -> Iterator[Problem]:
+    """Somebody gives the figure that stops a run early."""
+    evaluation = config.evaluation
+    if not evaluation.stop_after or not evaluation.stop_on:
+        return
+    asks = f"is {evaluation.stop_on!r}, but"
+    if evaluation.stop_on == "heldout/win_rate":
+        if config.judge is None or not evaluation.versus_base:
+            yield (
+                "evaluation.stop_on",
+                f"{asks} nobody compares held-out samples with the base model's: that needs a judge, and "
+                "evaluation.versus_base above 0",
+            )
+    elif evaluation.scorer is None:
+        yield "evaluation.stop_on", f"{asks} there is no evaluation.scorer to give it; heldout/win_rate needs none"
 
 
 # ---------------------------------------------------------------- judge, scorers, reward, generator

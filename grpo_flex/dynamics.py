@@ -15,7 +15,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -40,6 +40,9 @@ class Solver(Protocol):
 class Dynamics(Protocol):
     """Mean and standard deviation of one denoising step."""
 
+    diffuses: ClassVar[bool]
+    """Whether the noise is that of a diffusion s, so that std = s√Δ and the mean moves with the velocity by about Δ."""
+
     @property
     def stochastic(self) -> bool:
         """Whether any step has noise: without noise there is no density to learn from."""
@@ -53,6 +56,8 @@ class Dynamics(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class Ode:
     """Euler steps of the probability-flow ODE: μ = x − vΔ, std = 0."""
+
+    diffuses: ClassVar[bool] = True
 
     @property
     def stochastic(self) -> bool:
@@ -89,10 +94,11 @@ class FlowSde:
     """
 
     a: float = 0.7
+    diffuses: ClassVar[bool] = True
 
     @property
     def stochastic(self) -> bool:
-        return self.a > 0
+        return self.a != 0
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.a < 0:
@@ -108,10 +114,11 @@ class Dance:
     """DanceGRPO's SDE: the same drift as Flow-SDE with a constant diffusion s = η."""
 
     eta: float = 0.3
+    diffuses: ClassVar[bool] = True
 
     @property
     def stochastic(self) -> bool:
-        return self.eta > 0
+        return self.eta != 0
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.eta < 0:
@@ -133,13 +140,17 @@ class Cps:
     """Coefficient-preserving sampling: c = σ'·sin(aπ/2) of the noise is fresh, the rest is the predicted noise.
 
     a = 0 is the Euler ODE, a = 1 replaces all the noise; the total noise level is σ' for every a (Flow-CPS).
+
+    Steps are scored by the whole density of Normal(μ, c²), as everywhere here. Flow-CPS's own code leaves out the 1/(2c²), so
+    its log-ratios are 2c² times ours, and a clip range published for it means another one here.
     """
 
     a: float = 0.7
+    diffuses: ClassVar[bool] = False
 
     @property
     def stochastic(self) -> bool:
-        return self.a > 0
+        return self.a != 0
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if not 0 <= self.a <= 1:
@@ -300,8 +311,15 @@ class FastWindow:
         return Selection(frozenset(chosen), chosen)
 
     def fits(self, steps: int) -> Iterator[tuple[str, str]]:
-        if self.last_start + self.size > steps - 1:
-            yield "size", _too_long(self.last_start, self.size, steps)
+        if self.size > steps - 1:
+            yield "size", _too_long(0, self.size, steps)
+        elif self.last_start + self.size > steps - 1:
+            yield (
+                "last_start",
+                f"is {self.last_start}; a window of {self.size} that begins there would reach step "
+                f"{self.last_start + self.size - 1}, but only steps 0…{steps - 2} of sampling.steps={steps} can be trained (the last "
+                f"one is always ODE); make it {steps - 1 - self.size} or less, or the schedule longer",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

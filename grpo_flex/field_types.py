@@ -47,6 +47,8 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint in (str, bool):
         return isinstance(value, hint)
+    if is_dataclass(hint):
+        return isinstance(value, hint)  # pyright: ignore[reportArgumentType]
     return hint is not type(None) or value is None
 
 
@@ -61,6 +63,10 @@ def spell(hint: Any) -> str:
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "none"}
     if hint in words:
         return words[hint]
+    if is_dataclass(hint):
+        return f"a {hint.__name__}(…)"  # pyright: ignore[reportAttributeAccessIssue]
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(map(spell, typing.get_args(hint)))
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
     return str(hint).replace("typing.", "").replace("NoneType", "none")

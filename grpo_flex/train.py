@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +20,7 @@ from ray.exceptions import ObjectLostError, RayError
 
 from grpo_flex import checkpoint
 from grpo_flex.cluster import Cluster
-from grpo_flex.config import RunConfig
+from grpo_flex.config import ConfigError, RunConfig
 from grpo_flex.console import Console
 from grpo_flex.fleet import Job
 from grpo_flex.guards import Regress, regress, spread, versus_base
@@ -225,7 +225,9 @@ class Trainer:
             samples = list(self.cluster.evaluate(self.heldout, adapter))
             numbers = self.versus_base(samples)
         self.log.samples(self.step, samples)
-        return {f"heldout/{name}": score for name, score in mean_scores(samples).items()} | numbers
+        scores = {f"heldout/{name}": score for name, score in mean_scores(samples).items()}
+        self._check_watched(scores)
+        return scores | numbers
 
     def versus_base(self, samples: Sequence[Sample]) -> dict[str, float]:
         """The judge's win rate of some held-out samples against the base model's from the same noise."""
@@ -243,6 +245,14 @@ class Trainer:
         ]
         said = ray.get(asked)  # not interrupted: the step is complete, and its line of metrics has to follow
         return versus_base([self.config.reward(2, v, s.prompt.id) for v, s in zip(said, now, strict=True)])
+
+    def _check_watched(self, scores: Mapping[str, float]) -> None:
+        """Raise ConfigError when the figure that stops a run early is none that the scorer gives."""
+        watched = self.config.evaluation.stop_on if self.config.evaluation.stop_after else ""
+        if watched not in ("", "heldout/win_rate", *scores):
+            raise ConfigError(
+                f"evaluation.stop_on is {watched!r}, which evaluation.scorer does not give: it gives {', '.join(sorted(scores))}"
+            )
 
     def regress(self, numbers: Mapping[str, float]) -> Regress | None:
         """Whether held-out samples got worse for so long that ``evaluation.stop_after`` ends the run."""
@@ -406,11 +416,21 @@ class Trainer:
             reason = next(f"{v.problem}: {v.rationale}" for v in flat if v.scorer == name)
             self.console.note(f"step {self.step + 1}: the scorer {name} failed for every sibling ({reason})")
         given = any(not np.isnan(group.rewards_G).all() for group in rewarded)
+        if given and self.step == 0:
+            self._check_parts({name for group in rewarded for name in group.breakdown_G})
         self._starved = 0 if given else self._starved + 1
         if self._starved >= STARVED_STEPS:
             raise Starved(
                 f"no sibling got a reward in {STARVED_STEPS} steps running (scorer/problem/… and judge/problem/… in the "
                 "metrics say why); mend that, then resume"
+            )
+
+    def _check_parts(self, given: Set[str]) -> None:
+        """Raise ConfigError when the advantage reads parts of the reward by names that the reward does not give."""
+        if missing := [name for name in getattr(self.config.advantage, "reads", ()) if name not in given]:
+            raise ConfigError(
+                f"advantage reads {', '.join(map(repr, missing))}, which the reward and its judge do not give: they give "
+                f"{', '.join(sorted(given))}. Name one of these in advantage"
             )
 
     def _wait(self, refs: Sequence[Any]) -> None:

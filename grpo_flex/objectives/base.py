@@ -59,6 +59,8 @@ class Objective(Protocol):
 
     needs_noise: ClassVar[bool] = False
     """Whether it learns from the density of stochastic steps; without, no step is stored."""
+    needs_diffusion: ClassVar[bool] = False
+    """Whether it presumes that a step's mean moves with the velocity by about Δ (``Dynamics.diffuses``)."""
     keeps_means: ClassVar[bool] = False
     """Whether rollouts have to store μ_old."""
     keeps_final: ClassVar[bool] = False

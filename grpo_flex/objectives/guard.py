@@ -20,13 +20,15 @@ class Guard(Grpo):
 
     r̂ = exp(s√Δ·(log r + ‖μ − μ_old‖²/(2·s²Δ))). With x' = μ_old + s√Δ·ε the exponent is mean(ε·(μ − μ_old)): it has
     mean 0, where log r has the mean −‖μ − μ_old‖²/(2·s²Δ), and it does not depend on how noisy the step is. What is
-    left of a step's scale is ∂μ/∂v ∝ Δ, which the weight takes out.
+    left of a step's scale is ∂μ/∂v, about Δ in an SDE, which the weight takes out. In CPS, whose mean moves otherwise with
+    v, it would not: refused.
     """
 
     clip: float = 4e-6
     """c, on r̂'s own scale (the paper: 2e-6 … 4e-6; Pref-GRPO's runs: 1e-4)."""
 
     keeps_means: ClassVar[bool] = True
+    needs_diffusion: ClassVar[bool] = True
 
     def log_ratio(self, new: Step, trajectories: Trajectories, k: int) -> Tensor:
         """log r̂ = mean((x' − μ_old)·(μ − μ_old))/(s√Δ), [G].

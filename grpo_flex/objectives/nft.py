@@ -1,7 +1,8 @@
 """DiffusionNFT (arXiv 2509.16117): reinforcement on the forward process; no likelihoods, any ODE sampler.
 
 The loss of eq. (5) with the paper's practical choices: a prediction of x_0 whose error is normalised by its own size,
-a soft update of the policy that samples, no classifier-free guidance.
+and a soft update of the policy that samples. The paper trains without classifier-free guidance: set the generator's to
+none. Where it is on, the guided velocity is what is trained, at twice the cost.
 """
 
 from __future__ import annotations

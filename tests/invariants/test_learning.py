@@ -107,8 +107,15 @@ def _gradient_of_update(learner: Learner, group: RolloutGroup, advantages: np.nd
 @pytest.mark.parametrize("kl_beta", [0.0, 0.1])
 def test_a_group_of_zero_advantages_has_zero_gradient_at_the_base(config: RunConfig, kl_beta: float) -> None:
     learner = Learner(replace(config, objective=Grpo(kl_beta=kl_beta)))
+    learner._matters = lambda advantage: True  # the group is not passed over, which it would be without a pull
     (group,) = rolled_out(learner.config, learner.adapter())
     assert not any(g.any() for g in _gradient_of_update(learner, group, np.zeros(4)))
+
+
+def _nudged_learner(config: RunConfig) -> Learner:
+    learner = Learner(config)
+    nudged(learner)
+    return learner
 
 
 def test_a_masked_member_carries_no_loss(config: RunConfig) -> None:
@@ -116,7 +123,13 @@ def test_a_masked_member_carries_no_loss(config: RunConfig) -> None:
     (group,) = rolled_out(config, nudged(learner))
     masked = _gradient_of_update(learner, group, np.array([1.0, -1.0, 0.5, np.nan]))
     zeroed = _gradient_of_update(Learner(config), group, np.array([0.0, 0.0, 0.0, np.nan]))
+    went = group.trajectories.next_latents_GKNC.clone()
+    went[3] = -went[3]  # the masked member went elsewhere
+    other = replace(group, trajectories=replace(group.trajectories, next_latents_GKNC=went))
+    again = _gradient_of_update(_nudged_learner(config), other, np.array([1.0, -1.0, 0.5, np.nan]))
     assert all(torch.isfinite(g).all() for g in masked) and any(g.any() for g in masked)
+    for one, two in zip(masked, again, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-8)
     assert not any(g.any() for g in zeroed)
 
 

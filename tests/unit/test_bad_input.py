@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from grpo_flex.config import ConfigError, RunConfig
-from grpo_flex.dynamics import Cps, Dance, FastWindow, FlowSde, Multistep, Ode, SlidingWindow
+from grpo_flex.dynamics import AllButLast, Cps, Dance, FastWindow, FlowSde, Multistep, Ode, SlidingWindow
 from grpo_flex.generators.flux import FluxKontext
 from grpo_flex.generators.wan import Wan
 from grpo_flex.objectives.awm import Awm
@@ -35,7 +35,14 @@ SAMPLING: list[tuple[dict[str, Any], str]] = [
     ({"dynamics": Cps(a=1.2)}, "sampling.dynamics.a is 1.2; for CPS .* between 0 .* and 1 .* is negative"),
     ({"dynamics": FlowSde(a=-1.0)}, "sampling.dynamics.a is -1.0; a noise level cannot be negative"),
     ({"window": FastWindow(size=4)}, "sampling.window.size is 4; .* would reach step 3, but only steps 0…2 .*steps=4"),
-    ({"window": FastWindow(size=2, last_start=2)}, "sampling.window.size is 2; .* may start at step 2"),
+    ({"window": FastWindow(size=2, last_start=2)}, "sampling.window.last_start is 2; .* step 3, .* make it 1 or less"),
+    ({"window": SlidingWindow(size="4")}, "sampling.window.size is '4'; it needs to be a whole number"),  # pyright: ignore[reportArgumentType]
+    ({"window": None}, r"sampling.window is None; it needs to be a window of steps, such as AllButLast\(\)"),
+    ({"window": AllButLast}, "sampling.window is <class .*; it needs to be a window of steps"),
+    ({"window": FlowSde()}, "sampling.window is FlowSde.*; it needs to be a window of steps"),
+    ({"dynamics": FlowSde(a="0.7")}, "sampling.dynamics.a is '0.7'; it needs to be a number"),  # pyright: ignore[reportArgumentType]
+    ({"dynamics": None}, r"sampling.dynamics is None; it needs to be dynamics, such as FlowSde\(a=0.7\)"),
+    ({"solver": None}, r"sampling.solver is None; it needs to be a solver, such as Ode\(\)"),
     ({"window": SlidingWindow(size=4)}, "sampling.window.size is 4; .* make it shorter, or the schedule longer"),
     ({"window": SlidingWindow(size=2, flash=0.0)}, "sampling.window.flash is 0.0; .* above 0 and at most 1"),
     ({"dynamics": Ode(), "same_noise": False}, "sampling.dynamics has no noise.* for Grpo to learn from; use"),
@@ -68,6 +75,56 @@ def test_sampling(config: RunConfig, changes: dict[str, Any], message: str) -> N
 def test_objectives(config: RunConfig, objective: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         replace(config, objective=objective).validate()
+
+
+@pytest.mark.parametrize("dynamics", [Cps(a=-0.1), Dance(eta=-1.0), FlowSde(a="x")], ids=str)  # pyright: ignore[reportArgumentType]
+def test_one_mistake_is_one_complaint(config: RunConfig, dynamics: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        replace(config, sampling=replace(config.sampling, dynamics=dynamics)).validate()
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": None}, "objective is None; it needs to be an objective, such as Nft"),
+        ({"sampling": None}, r"sampling is None; it needs to be a Sampling\(…\)"),
+        ({"judge": "http://127.0.0.1"}, r"judge is 'http://127.0.0.1'; it needs to be a Judge\(…\) or none"),
+        (
+            {"generator": "black-forest-labs/FLUX.1-dev"},
+            "generator is 'black.*; it needs to be a generator, such as Flux",
+        ),
+        ({"advantage": 0.7}, "advantage is 0.7; it needs to be an advantage, such as GroupRelative"),
+    ],
+)
+def test_what_is_no_part_is_refused(config: RunConfig, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(config, **changes).validate()
+
+
+def test_guard_is_refused_where_its_weight_would_be_wrong(config: RunConfig) -> None:
+    guarded = replace(config, objective=Guard())
+    guarded.validate()
+    with pytest.raises(
+        ConfigError, match=r"sampling.dynamics is Cps, .*; Guard divides by that .* take FlowSde or Dance"
+    ):
+        replace(guarded, sampling=replace(config.sampling, dynamics=Cps())).validate()
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "message"),
+    [
+        ({"stop_on": "win_rate"}, "evaluation.stop_on is 'win_rate'; it needs the whole name"),
+        (
+            {"stop_on": "heldout/win_rate", "versus_base": 0},
+            "evaluation.stop_on is .* nobody compares held-out samples",
+        ),
+        ({"stop_on": "heldout/light", "scorer": None}, "evaluation.stop_on is .* no evaluation.scorer to give it"),
+    ],
+)
+def test_a_figure_that_nobody_gives_stops_no_run(config: RunConfig, evaluation: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(config, evaluation=replace(config.evaluation, stop_after=2, **evaluation)).validate()
 
 
 def test_numbers_in_a_tuple_are_looked_at_too(config: RunConfig) -> None:

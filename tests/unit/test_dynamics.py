@@ -84,11 +84,10 @@ def test_flow_sde_mean_is_the_published_drift() -> None:
 @given(sigma=sigmas, share=st.floats(0.0, 0.99), a=st.floats(0.01, 1.0))
 def test_cps_keeps_the_noise_level(sigma: float, share: float, a: float) -> None:
     """√(σ'² − c²)² + c² = σ'²: from unit noise and a zero picture, the next latent has std σ'."""
-    one, nothing = torch.ones(1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, dtype=torch.float64)
+    one = torch.ones(1, 1, 1, dtype=torch.float64)
     x, v = sigma * one, one  # x0 = 0, ε = 1
     mean, c = Cps(a=a).moments(x, v, sigma, sigma * share)
     assert float(mean) ** 2 + c**2 == pytest.approx((sigma * share) ** 2, rel=1e-9, abs=1e-12)
-    assert torch.equal(nothing, x - sigma * v)
 
 
 def test_cps_with_a_1_is_entirely_fresh_noise() -> None:
@@ -143,10 +142,35 @@ def test_sliding_window_moves_and_begins_anew() -> None:
     assert starts == [0, 1, 2, 3, 4, 5, 0, 1]
 
 
-@pytest.mark.parametrize("window", [FastWindow(size=3, last_start=2), SlidingWindow(size=5)], ids=["fast", "sliding"])
-def test_a_window_outside_the_schedule_is_named(window: Window) -> None:
+@pytest.mark.parametrize(
+    "window", [FastWindow(size=3, last_start=2), FastWindow(size=5, last_start=9), SlidingWindow(size=5)], ids=str
+)
+def test_a_window_outside_the_schedule_is_named(window: FastWindow | SlidingWindow) -> None:
     (field, complaint), *_ = window.fits(5)
-    assert field == "size" and "sampling.steps=5" in complaint
+    assert field == ("size" if window.size > 4 else "last_start") and "sampling.steps=5" in complaint
+
+
+@given(steps=st.integers(2, 40), fraction=st.floats(0.01, 1.0), seed=st.integers(0, 2**62))
+def test_a_random_fraction_is_that_share_of_the_steps_but_the_last(steps: int, fraction: float, seed: int) -> None:
+    chosen = RandomFraction(fraction=fraction).select(steps, 0, seed)
+    assert len(chosen.trained) == max(1, round(fraction * (steps - 1)))
+    assert chosen.stochastic == frozenset(range(steps - 1))
+
+
+def test_a_shared_fraction_is_one_choice_a_training_step() -> None:
+    """By the step alone; otherwise by the group's seed alone."""
+    for shared in (True, False):
+        window = RandomFraction(fraction=0.5, shared=shared)
+        by_seed = {window.select(20, 3, seed).trained for seed in range(20)}
+        by_step = {window.select(20, iteration, 5).trained for iteration in range(20)}
+        assert (len(by_seed) == 1, len(by_step) == 1) == (shared, not shared)
+
+
+def test_a_fast_window_starts_anywhere_up_to_its_last_start_by_the_groups_seed() -> None:
+    window = FastWindow(size=2, last_start=3)
+    starts = {window.select(10, 0, seed).trained[0] for seed in range(100)}
+    assert starts == {0, 1, 2, 3}
+    assert len({window.select(10, iteration, 7).trained for iteration in range(20)}) == 1
 
 
 @pytest.mark.parametrize(("flash", "left"), [(1.0, 6), (0.5, 3), (0.4, 2), (0.01, 1)])

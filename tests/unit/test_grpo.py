@@ -65,6 +65,17 @@ def test_the_two_forms_of_the_kl_by_hand(form: Literal["exact", "flow_grpo"], pu
         torch.testing.assert_close(term.kl_G, expected, rtol=1e-10, atol=1e-12)
 
 
+def test_the_published_kl_of_cps_is_the_exact_one() -> None:
+    """Its standard deviation is σ'·sin(aπ/2), and Flow-CPS divides by twice its square."""
+    policy = FormulaPolicy(matrix(1), matrix(2), matrix(9), Cps(a=0.6))
+    taken = sampled_group(policy)
+    forms: tuple[Literal["exact", "flow_grpo"], ...] = ("exact", "flow_grpo")
+    one, two = ([*Grpo(kl_beta=1.0, kl_form=form).terms(policy, taken, f64(1, -1, 0, 0), 0)] for form in forms)
+    for exact, published in zip(one, two, strict=True):
+        assert exact.kl_G is not None and published.kl_G is not None and exact.kl_G.any()
+        assert torch.equal(exact.kl_G, published.kl_G)
+
+
 def test_kl_is_that_of_torch_distributions() -> None:
     from torch.distributions import Normal, kl_divergence
 

@@ -13,7 +13,8 @@ import pytest
 
 from grpo_flex import checkpoint, run
 from grpo_flex.__main__ import main
-from grpo_flex.config import Evaluation, RunConfig
+from grpo_flex.advantages import BestAndWorst, WeightedSum
+from grpo_flex.config import ConfigError, Evaluation, RunConfig
 from grpo_flex.metrics import read_metrics
 from grpo_flex.rewards import Pointwise
 from grpo_flex.types import Prompt
@@ -140,3 +141,23 @@ def test_a_run_whose_held_out_score_falls_stops_early(tmp_path: Path, capsys: py
     assert [row["step"] for row in read_metrics(run_dir)] == [0, 1, 2] and checkpoint.load(run_dir)[0] == 2
     out = capsys.readouterr().out
     assert "stopping early: heldout/falling" in out and "for 2 evaluations running" in out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"evaluation": Evaluation(scorer=Light(), stop_after=2, stop_on="heldout/nonsense", versus_base=0)},
+            "evaluation.stop_on is 'heldout/nonsense', which evaluation.scorer does not give: it gives heldout/mood",
+        ),
+        ({"advantage": BestAndWorst(score="nonsense")}, "advantage reads 'nonsense', .* they give .*overall"),
+        ({"advantage": WeightedSum(parts=("overall", "of"))}, "advantage reads 'of', which the reward"),
+    ],
+)
+def test_a_name_that_nothing_has_ends_the_run_before_it_learns(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run.train(scored(tmp_path, scorers=(Light(),), **changes))
+    run_dir = tmp_path / "runs" / "tiny"
+    assert not run_dir.is_dir() or not [row for row in read_metrics(run_dir) if row["step"]]
