@@ -124,10 +124,9 @@ def _work_per_step(config: RunConfig) -> str:
     """What judge and scorers have to do, e.g. "192 verdicts a step and scores of clip"."""
     from grpo_flex.scorers import label
 
-    size, parts = config.sampling.group_size, []
+    parts = []
     if config.judge is not None:
-        alone = config.judge.family.candidates == 1
-        questions = size if alone else len(config.judge.pairs.pairs(size, 0))
+        questions = len(config.judge.questions(config.sampling.group_size, 0))
         parts.append(f"{config.prompts.per_step * questions} verdicts a step")
     if config.scorers:
         parts.append(f"scores of {', '.join(map(label, config.scorers))}")

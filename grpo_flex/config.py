@@ -275,6 +275,14 @@ class Judge:
     restarts: int = 3
     """How often a judge that the run started is started again when its process has ended."""
 
+    def questions(self, group_size: int, seed: int) -> list[tuple[int, ...]]:
+        """What a group's first questions show: ordered pairs of its siblings, each sibling by itself, or both."""
+        from reward_server.families.rank_and_score import by_candidates
+
+        asked_by = by_candidates(self.family)
+        pairs = self.pairs.pairs(group_size, seed) if 2 in asked_by else ()
+        return [*pairs, *((i,) for i in range(group_size) if 1 in asked_by)]
+
     def problems(self) -> Iterator[Problem]:
         if self.server is None and not self.endpoints:
             yield (

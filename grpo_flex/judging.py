@@ -39,9 +39,11 @@ from grpo_flex.sources import fitted_source
 from grpo_flex.types import Prompt, RolloutGroup, Verdict, VerdictStatus
 from grpo_flex.verdicts import VerdictLog
 from reward_server.families.base import Completion
+from reward_server.families.rank_and_score import by_candidates
 
 if TYPE_CHECKING:
     from grpo_flex.config import Judge
+    from reward_server.families.base import Family
 
 __all__ = ["JudgeClient", "JudgeUnreachable", "check_endpoints"]
 
@@ -81,7 +83,8 @@ class JudgeClient:
         self.judge_config = judge
         self._urls = tuple(endpoints if endpoints is not None else judge.endpoints)
         self.log = VerdictLog(verdict_path)
-        self._options = judge.family.options()
+        self._families = by_candidates(judge.family)
+        self._options = {candidates: family.options() for candidates, family in self._families.items()}
         self._deadlines: dict[int, float] = {}
         self._counts: Counter[str] = Counter()
         self._caches: dict[str, dict[str, float]] = {}
@@ -135,15 +138,16 @@ class JudgeClient:
         """The same for siblings that are still being made: each pair is asked as soon as both exist.
 
         Args:
-            media_G: Awaitables of uint8 [F, H, W, 3]; each is encoded once, for all its questions.
+            media_G: Awaitables of uint8 [F, H, W, 3]; each is encoded once, for all its questions with as many frames.
         """
         known = {v.members: v for v in previous if v.status == "ok"}
         coming = [asyncio.ensure_future(media) for media in media_G]
-        encoded = [asyncio.ensure_future(self._encoded(media)) for media in coming]
+        shown = {family.frames for family in self._families.values()}
+        encoded = {n: [asyncio.ensure_future(self._encoded(media, n)) for media in coming] for n in shown}
         sources = await self._sources(prompt, coming)
         deadline = self._deadline(step)
         try:
-            members = self._first_questions(len(encoded), seed)
+            members = self.judge_config.questions(len(coming), seed)
             while members:
                 new = [m for m in members if m not in known]
                 questions = [_Question(step=step, prompt=prompt, members=m, deadline=deadline) for m in new]
@@ -151,10 +155,10 @@ class JudgeClient:
                     asked = [tasks.create_task(self._verdict(q, sources, encoded)) for q in questions]
                 known |= {v.members: v for v in (task.result() for task in asked)}
                 # Rounds that an earlier call answered are gone through again, without asking.
-                following = self._more_questions(len(encoded), seed, list(known.values()))
+                following = self._more_questions(len(coming), seed, list(known.values()))
                 members = following if new or any(m not in known for m in following) else []
         finally:
-            for sibling in encoded:
+            for sibling in (sibling for siblings in encoded.values() for sibling in siblings):
                 sibling.cancel()
         self.log.flush()
         return [known[m] for m in sorted(known)]
@@ -213,13 +217,8 @@ class JudgeClient:
 
     # ------------------------------------------------------------ which questions
 
-    def _first_questions(self, group_size: int, seed: int) -> list[tuple[int, ...]]:
-        if self.judge_config.family.candidates == 1:
-            return [(i,) for i in range(group_size)]
-        return list(self.judge_config.pairs.pairs(group_size, seed))
-
     def _more_questions(self, group_size: int, seed: int, verdicts: Sequence[Verdict]) -> list[tuple[int, ...]]:
-        if self.judge_config.family.candidates == 1:
+        if 2 not in self._families:
             return []
         return list(self.judge_config.pairs.more(group_size, seed, overall_answers(verdicts)))
 
@@ -232,8 +231,8 @@ class JudgeClient:
 
     # ------------------------------------------------------------ media
 
-    async def _encoded(self, media: Awaitable[np.ndarray]) -> list[str]:
-        return await asyncio.to_thread(encode_media, await media, self.judge_config.family.frames)
+    async def _encoded(self, media: Awaitable[np.ndarray], frames: int) -> list[str]:
+        return await asyncio.to_thread(encode_media, await media, frames)
 
     async def _sources(self, prompt: Prompt, media_G: Sequence[Awaitable[np.ndarray]]) -> list[list[str]]:
         """Pictures that stand before the candidates: what an editing prompt edits, in the size in which it was edited."""
@@ -245,9 +244,13 @@ class JudgeClient:
     # ------------------------------------------------------------ one question
 
     async def _verdict(
-        self, question: _Question, sources: list[list[str]], encoded: Sequence[asyncio.Future[list[str]]]
+        self,
+        question: _Question,
+        sources: list[list[str]],
+        encoded: Mapping[int, Sequence[asyncio.Future[list[str]]]],
     ) -> Verdict:
-        media = [*sources, *[await encoded[i] for i in question.members]]
+        frames = self._family(question).frames
+        media = [*sources, *[await encoded[frames][i] for i in question.members]]
         affinity = f"{question.step} {question.prompt.id}"  # a server keeps the pictures of the groups it sees
         spent = 0.0
         endpoint: Endpoint | None = None
@@ -326,15 +329,18 @@ class JudgeClient:
         return self._pool
 
     def _body(self, question: _Question, media: list[list[str]]) -> bytes:
-        config = self.judge_config
+        config, family = self.judge_config, self._family(question)
         body = {
             "model": config.model,
-            "messages": config.family.request(question.prompt.text, media),
+            "messages": family.request(question.prompt.text, media),
             "temperature": config.temperature,
             "seed": request_seed(config.seed, question.step, question.prompt.id, question.members),
             "max_tokens": config.max_tokens,
         }
-        return json.dumps(body | self._options).encode()
+        return json.dumps(body | self._options[len(question.members)]).encode()
+
+    def _family(self, question: _Question) -> Family:
+        return self._families[len(question.members)]
 
     async def _post(self, endpoint: Endpoint, body: bytes, timeout_s: float) -> _Outcome:
         import aiohttp
@@ -383,7 +389,7 @@ class JudgeClient:
     def _read(self, question: _Question, outcome: _Outcome) -> Verdict:
         if outcome.completion is None:
             return Verdict(members=question.members, status=outcome.status, problem=outcome.problem)
-        reply = self.judge_config.family.read(outcome.completion)
+        reply = self._family(question).read(outcome.completion)
         return Verdict(
             members=question.members,
             status=reply.status,

@@ -134,8 +134,7 @@ def judge_calls(config: RunConfig) -> int:
     """Questions to the judge in one training step."""
     if config.judge is None:
         return 0
-    alone, size = config.judge.family.candidates == 1, config.sampling.group_size
-    return config.prompts.per_step * (size if alone else len(config.judge.pairs.pairs(size, 0)))
+    return config.prompts.per_step * len(config.judge.questions(config.sampling.group_size, 0))
 
 
 # ---------------------------------------------------------------- tracing

@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import json
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
@@ -23,12 +24,14 @@ from grpo_flex.endpoints import EndpointPool, base_url
 from grpo_flex.judge_figures import judge_metrics, judged_share, kendall_w
 from grpo_flex.judging import JudgeClient, JudgeUnreachable, check_endpoints, encode_media, request_seed
 from grpo_flex.pairing import RoundRobin, Swiss
+from grpo_flex.rewards import Pointwise, Several, WinRate
 from grpo_flex.types import Prompt, RolloutGroup, Trajectories, Verdict
 from grpo_flex.verdicts import drop_from_step, read_verdicts
 from reward_server.families.edit import EditPair
 from reward_server.families.flex import Flex
+from reward_server.families.rank_and_score import RankAndScore
 from reward_server.families.reward_dance import RewardDance
-from reward_server.families.unified import Unified1Point
+from reward_server.families.unified import Unified1Pair, Unified1Point
 from testbed.oracle_replies import decode
 
 T = TypeVar("T")
@@ -217,6 +220,55 @@ def test_one_candidate_at_a_time_is_asked_for_every_sibling(tmp_path: Path) -> N
     verdicts, _ = run(ask(tmp_path, Server(scores), size=3, family=Unified1Point()))
     assert [(v.members, dict(v.scores)) for v in verdicts] == [((i,), {"final": (4.0,)}) for i in range(3)]
     assert "judge/tie_rate" not in judge_metrics([verdicts])
+
+
+def test_pairs_and_siblings_are_asked_about_in_their_own_ways(tmp_path: Path) -> None:
+    async def either(_: Server, body: dict[str, Any]) -> web.StreamResponse:
+        shown = len(body["messages"][0]["content"]) - 1
+        return completion("Image 1 is better" if shown == 2 else "Final Score: 4")
+
+    family = RankAndScore(score=Unified1Point(thinking=False))
+    server = Server(either)
+    verdicts, _ = run(ask(tmp_path, server, size=3, family=family, pairs=RoundRobin()))
+    assert len(server.bodies) == 6 and len([b for b in server.bodies if "chat_template_kwargs" in b]) == 3
+    assert {v.members: (v.winner, dict(v.scores)) for v in verdicts} == {
+        **{(i,): (None, {"final": (4.0,)}) for i in range(3)},
+        **{v.members: (0.0, {}) for v in verdicts if len(v.members) == 2},
+    }
+    reward = Several(names=("rank", "score"), rewards=(WinRate(), Pointwise(criteria=("final",))))
+    made = reward(3, verdicts, "p")
+    assert not np.isnan(made.breakdown_G["rank"]).any() and np.ptp(made.breakdown_G["score"]) == 0
+    figures = judge_metrics([verdicts])
+    assert figures["judge/verdicts"] == 6 and figures["judge/first_position_win_rate"] == 1
+
+
+def test_frames_of_both_kinds_of_question_are_the_familys_own(tmp_path: Path) -> None:
+    async def either(_: Server, body: dict[str, Any]) -> web.StreamResponse:
+        return completion("Final Score: 4")
+
+    family = RankAndScore(rank=Unified1Pair(medium="video"), score=Unified1Point(medium="video"))
+
+    async def scenario(server: Server) -> list[Verdict]:
+        judge = config("http://127.0.0.1:1", family=family, pairs=RoundRobin())
+        async with server, JudgeClient(judge, tmp_path / "v.gz", endpoints=[server.url]) as client:
+            return await client.judge(group(2, frames=33), 0)
+
+    server = Server(either)
+    assert len(run(scenario(server))) == 3
+    assert {len(b["messages"][0]["content"]) - 1 for b in server.bodies} == {16}  # 2 × 8, and 1 × 16
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        (RankAndScore(rank=Unified1Point()), "rank is Unified1Point.*; it needs to be one that compares two"),
+        (RankAndScore(score=Flex()), "score is Flex.*; it needs to be one that scores one"),
+        (RankAndScore(score=Unified1Point(medium="video")), "score.medium has medium 'video', but rank has 'image'"),
+    ],
+)
+def test_two_ways_that_do_not_go_together_are_refused(family: RankAndScore, message: str) -> None:
+    found = [f"{name} {text}" for name, text in family.problems()]
+    assert len(found) == 1 and re.match(message, found[0])
 
 
 def test_first_token_probabilities_reach_the_family(tmp_path: Path) -> None:
