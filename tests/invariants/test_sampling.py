@@ -10,8 +10,20 @@ import pytest
 import torch
 
 from grpo_flex.config import RunConfig
-from grpo_flex.dynamics import AllButLast, FastWindow, Multistep, Ode, SlidingWindow, Window
+from grpo_flex.dynamics import (
+    AllButLast,
+    Cps,
+    Dance,
+    Dynamics,
+    FastWindow,
+    FlowSde,
+    Multistep,
+    Ode,
+    SlidingWindow,
+    Window,
+)
 from grpo_flex.learner import BoundPolicy, Learner
+from grpo_flex.objectives.nft import Nft
 from grpo_flex.rollout import RolloutWorker, mean_distance
 from grpo_flex.types import Prompt, RolloutGroup
 
@@ -99,6 +111,16 @@ def test_a_solver_forgets_what_was_before_the_noise(config: RunConfig) -> None:
     second, _ = sampled(config, steps=3, window=at(1), solver=Multistep())
     first, _ = sampled(config, steps=3, window=at(1), solver=Ode())
     assert all(np.array_equal(a, b) for a, b in zip(first.media_G, second.media_G, strict=True))
+
+
+@pytest.mark.parametrize("dynamics", [Ode(), FlowSde(a=0.0), Dance(eta=0.0), Cps(a=0.0)], ids=str)
+def test_a_rollout_without_noise_is_the_held_out_sampler(config: RunConfig, dynamics: Dynamics) -> None:
+    """Which other tests hold against the stock pipelines; every a of 0 is the same ODE, bit for bit."""
+    config = replace(config, objective=Nft())
+    group, _ = sampled(config, steps=4, dynamics=dynamics, same_noise=False)
+    worker = RolloutWorker(config)
+    ours = worker.sample_ode(worker.model.encode([PROMPT])[0], group.seeds_G, 4)
+    assert group.trajectories.final_GNC is not None and torch.equal(group.trajectories.final_GNC, ours)
 
 
 def test_held_out_samples_take_their_own_solver(config: RunConfig) -> None:
