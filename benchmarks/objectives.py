@@ -278,12 +278,10 @@ def summary(result: Mapping[str, Any]) -> dict[str, float]:
     return {
         "oracle": last["oracle"],
         "gain": last["oracle"] - first["oracle"],
-        "best": max(p["oracle"] for p in curve),
         "steps": last["step"],
         "goal_steps": reached(curve, goal, "step"),
         "goal_seconds": reached(curve, goal, "seconds"),
         "forwards": last["forwards"],
-        "verdicts": sum(s["verdicts"] for s in steps),
         "diversity": float(np.mean(spread[-ENDS:]) / np.mean(spread[:ENDS])) if spread else np.nan,
     }
 
@@ -320,8 +318,8 @@ def table(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Markdown: mean over seeds, with the range of the held-out score; also at the judge budget that every run has used."""
     budget = min(judged(run)[-1] for runs in found.values() for run in runs)
     head = (
-        f"objective-sampler | seeds | held-out oracle | gain | best | at {budget / 1000:.1f} k verdicts | steps "
-        "| steps to +0.15 | s to +0.15 | forwards (k) | verdicts (k) | diversity left"
+        f"objective-sampler | seeds | held-out oracle | gain | at {budget / 1000:.1f} k verdicts | steps "
+        "| steps to +0.15 | s to +0.15 | forwards (k) | diversity left"
     )
     lines = [f"| {head} |", "|---" + "|---:" * head.count("|") + "|"]
     for name, runs in found.items():
@@ -329,10 +327,10 @@ def table(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         values = {key: np.array([row[key] for row in rows], float) for key in rows[0]}
         oracle = f"{values['oracle'].mean():.3f} ({values['oracle'].min():.3f}–{values['oracle'].max():.3f})"
         cells = [
-            name, str(len(rows)), oracle, f"{values['gain'].mean():+.3f}", f"{values['best'].mean():.3f}",
+            name, str(len(rows)), oracle, f"{values['gain'].mean():+.3f}",
             f"{np.mean([at_budget(run, budget) for run in runs]):.3f}",
             f"{values['steps'].mean():.0f}", _of_those(values["goal_steps"]), _of_those(values["goal_seconds"]),
-            f"{values['forwards'].mean() / 1000:.0f}", f"{values['verdicts'].mean() / 1000:.0f}", f"{values['diversity'].mean():.2f}",
+            f"{values['forwards'].mean() / 1000:.0f}", f"{values['diversity'].mean():.2f}",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
