@@ -1,7 +1,7 @@
 """The main job for video: a tiny Wan learns to obey its prompts from pairwise verdicts on eight frames of each clip.
 
-The path is that of `shapes_image_oracle.py`, with the objective's and the optimiser's settings from there. There is no
-classifier-free guidance: it would double the cost of every step, and DiffusionNFT does without.
+The path is that of `shapes_image_oracle.py`, with the objective and the optimiser's settings from there and half its pull to
+the base. There is no classifier-free guidance: it would double the cost of every step, and DiffusionNFT does without.
 """
 
 from grpo_flex.advantages import GroupRelative

@@ -2,7 +2,7 @@
 
 One learner and seven rollout workers on eight GPUs; the judge runs elsewhere. Published are 2 steps of gradient
 accumulation, which do not say how many updates a rollout feeds: the two updates here are our own choice, as are the prompts a
-step, the pairs that are asked and the placement. Nobody has run this recipe yet. Held-out clips are evaluated at 480×832, as
+step, the pairs that are asked and the placement; β is published without the KL's form, and we take Flow-GRPO's. Nobody has run this recipe yet. Held-out clips are evaluated at 480×832, as
 published, six at a time (``micro_batch``), which is what 80 GiB hold. The starter prompts only show the format: give your own with prompts.train=… and prompts.heldout=….
 """
 
@@ -50,7 +50,7 @@ def config() -> RunConfig:
         ),
         reward=WinRate(),
         advantage=GroupRelative(alpha=0.7),
-        objective=Guard(clip=1e-4, kl_beta=0.004),
+        objective=Guard(clip=1e-4, kl_beta=0.004, kl_form="flow_grpo"),
         adapter=Adapter(rank=64, alpha=128),
         optimizer=Optimizer(lr=3e-5, updates_per_rollout=2),
         evaluation=Evaluation(every=20, height=480, width=832),

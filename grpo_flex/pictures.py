@@ -177,7 +177,7 @@ def draw_grid(cells: Sequence[Cell], title: str = "", widest: int | None = None)
     """All cells on one white sheet, about 1.6 times as wide as high, unless ``widest`` (pixels) has it narrower."""
     from PIL import Image, ImageDraw
 
-    drawn = [_draw_cell(cell) for cell in cells]
+    drawn = [_draw_cell(cell, widest) for cell in cells]
     width, height = max(c.width for c in drawn), max(c.height for c in drawn)
     columns = max(1, min(len(drawn), round(math.sqrt(1.6 * len(drawn) * height / width))))
     if widest is not None:
@@ -197,11 +197,14 @@ def _even(size: int) -> int:
     return size + size % 2  # H.264 with 4:2:0 colour needs even sizes
 
 
-def _draw_cell(cell: Cell) -> Image:
+def _draw_cell(cell: Cell, widest: int | None) -> Image:
+    """With ``widest``, four large pictures stand beside each other on a sheet, or as many as a row of the cell has."""
     from PIL import Image, ImageDraw
 
+    beside = max(4, *map(len, cell.rows))
+    largest = LARGEST if widest is None else min(LARGEST, (widest - 3 * _GAP) // beside - 4)
     small = PICTURE if len(cell.rows[0]) <= 2 else PICTURE * 2 // 3 if len(cell.rows) == 1 else PICTURE // 2
-    rows = [[scaled(p, small) for p in row] for row in cell.rows]
+    rows = [[scaled(p, small, largest) for p in row] for row in cell.rows]
     head = 18 if cell.labels else 0
     step_x = max(p.width for row in rows for p in row) + 4
     step_y = max(p.height for row in rows for p in row) + 4 + head

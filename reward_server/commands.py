@@ -129,6 +129,14 @@ def _family(name: str, arguments: argparse.Namespace) -> ChatFamily:
     return family
 
 
+def _check_wording(arguments: argparse.Namespace, preferences: Sequence[Preference]) -> None:
+    media = {preference.medium for preference in preferences}
+    if arguments.prompt_file and len(media) > 1:
+        raise ValueError(
+            "--prompt-file has one wording, but the preferences are of pictures and of videos: ask about them in two files"
+        )
+
+
 def _refuse(extra: Sequence[str]) -> None:
     if extra:
         raise ValueError(f"what is {extra[0]!r}?")
@@ -156,7 +164,9 @@ def _distill(arguments: argparse.Namespace, extra: list[str]) -> int:
         tries=arguments.tries,
         seed=arguments.seed,
     )
-    tally = run_until_interrupted(distil(_preferences(arguments), settings))
+    preferences = _preferences(arguments)
+    _check_wording(arguments, preferences)
+    tally = run_until_interrupted(distil(preferences, settings))
     _note(report(tally))
     return 1 if tally.unanswered else 0
 
@@ -177,7 +187,9 @@ def _benchmark(arguments: argparse.Namespace, extra: list[str]) -> int:
         both_orders=not arguments.one_order,
         resume=arguments.resume,
     )
-    measured = run_until_interrupted(benchmark(_preferences(arguments), asked))
+    preferences = _preferences(arguments)
+    _check_wording(arguments, preferences)
+    measured = run_until_interrupted(benchmark(preferences, asked))
     (out / FIGURES).write_text(json.dumps(measured, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     Console(highlight=False).print(table(measured))
     for name in ("accuracy", "accuracy_tie_half", "accuracy_with_ties"):
@@ -201,6 +213,7 @@ def _fit_weights(arguments: argparse.Namespace, extra: list[str]) -> int:
         families={"vision-reward": family}, replies=replies, endpoint=_endpoint(arguments), resume=arguments.resume
     )
     preferences = [p for p in _preferences(arguments) if p.label is not None]
+    _check_wording(arguments, preferences)
     records, unanswered = run_until_interrupted(collect(preferences, asked))
     fitted = checklist_weights.fit(preferences, records, family, arguments.ridge, arguments.nonnegative)
     checklist_weights.write(out, fitted)

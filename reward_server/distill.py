@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 
 from reward_server.ask import Answer
 from reward_server.asking import Asker, Endpoint, ProgressLine, Unanswered, check, for_each, shown_urls
+from reward_server.begun import begun_with, wordings
 from reward_server.families.base import TIE, json_object
 from reward_server.families.flex import ANCHORS, Flex
 from reward_server.ledger import Ledger
@@ -70,13 +71,17 @@ class Tally:
 
     def count(self, record: dict[str, Any]) -> None:
         """Adds a record of either file."""
-        self.prompt_tokens += record["prompt_tokens"]
-        self.completion_tokens += record["completion_tokens"]
+        self.spend(record)
         if "reply" in record:
             self.traces += 1
             self.first_wins += record["winner"] == 0
         else:
             self.rejected[record["problems"][-1]] += 1
+
+    def spend(self, record: Mapping[str, Any]) -> None:
+        """Adds the tokens of answers, also of those that came to nothing."""
+        self.prompt_tokens += record["prompt_tokens"]
+        self.completion_tokens += record["completion_tokens"]
 
     def line(self) -> str:
         """For the progress line."""
@@ -97,7 +102,14 @@ async def distil(preferences: Sequence[Preference], settings: Distillation) -> T
     decided = [p for p in preferences if not p.tie]
     async with Asker(settings.endpoint) as teacher:
         with ExitStack() as files:
+            asked = {"seed": settings.seed, "teacher": teacher.model, "temperature": settings.endpoint.temperature}
+            begun_with(
+                settings.out.with_suffix(".settings.json"),
+                asked | wordings(settings.family),
+                f"give another --out, or move {settings.out} and what lies beside it away",
+            )
             traces, rejected = (files.enter_context(Ledger(path)) for path in (settings.out, settings.rejected))
+            _check_same({p.id: p for p in decided}, (*traces, *rejected), settings.out)
             work = _Work(settings, teacher, traces, rejected)
             work.tally.ties = len(preferences) - len(decided)
             for record in (*traces, *rejected):
@@ -113,6 +125,24 @@ async def distil(preferences: Sequence[Preference], settings: Distillation) -> T
     return work.tally
 
 
+def _check_same(asked: Mapping[str, Preference], records: Iterable[Mapping[str, Any]], out: Path) -> None:
+    """Raises ValueError where a record is of another instance with the same id, such as the same row of another file."""
+    for record in records:
+        preference = asked.get(record["id"])
+        if preference and record.get("instance") not in (None, _instance(preference)):
+            raise ValueError(
+                f"{out} has a record of another instance with the id {record['id']!r}: give the preferences ids of their own "
+                "(a row without one has its number), or another --out"
+            )
+
+
+def _instance(preference: Preference) -> str:
+    """What tells an instance from another with the same id, wherever its files lie."""
+    names = [[Path(frame).name for frame in candidate] for candidate in preference.candidates]
+    said = json.dumps([preference.prompt, names, preference.label, preference.medium])
+    return hashlib.sha256(said.encode()).hexdigest()[:12]
+
+
 class _Work:
     """One distillation under way."""
 
@@ -122,25 +152,28 @@ class _Work:
 
     async def do(self, preference: Preference) -> None:
         """Asks until there is a trace; writes one record, or none where the teacher gave no answer."""
+        answers: list[Answer] = []
         try:
-            record = await self._record(preference)
+            record = await self._record(preference, answers)
         except Unanswered as error:
             # Before the first answer a refusal says more about the endpoint than about the instance.
             if not error.refused or not self.teacher.answered:
                 self.tally.unanswered[str(error)] += 1
+                self.tally.spend(_spent(answers))
                 return
-            record = {"id": preference.id, "problems": [str(error)], "prompt_tokens": 0, "completion_tokens": 0}
+            record = {"id": preference.id, "problems": [str(error)], **_spent(answers)}
+        record["instance"] = _instance(preference)
         (self._traces if "reply" in record else self._rejected).add(record)
         self.tally.count(record)
 
-    async def _record(self, preference: Preference) -> dict[str, Any]:
+    async def _record(self, preference: Preference, answers: list[Answer]) -> dict[str, Any]:
+        """The trace, or what was wrong with each try; what the teacher said is added to ``answers``."""
         settings = self.settings
         family = replace(settings.family, medium=preference.medium)
         order = shown_order(preference, settings.seed)
         sources, candidates = await shown_urls(family, preference)
         shown = [*sources, *(candidates[k] for k in order)]
         label = _shown_label(preference, order)
-        answers: list[Answer] = []
         problems: list[str] = []
         while len(answers) < settings.tries:
             seed = _seed(settings.seed, preference.id, len(answers))

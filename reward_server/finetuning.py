@@ -2,7 +2,7 @@
 
 A stage lives in a folder of its own:
 
-    settings.json     what it was begun with; a resume with other settings is refused
+    settings.json     what it was begun with, other weights and wordings included; a resume with anything else is refused
     checkpoint-<n>/   model, optimiser, schedule, random states: a run that was killed goes on from the newest whole one
     metrics.jsonl     one object for each logged step
     model/            the finished judge as vLLM serves it: weights, tokenizer, processor, chat template
@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -42,6 +43,7 @@ from transformers import (
     TrainerCallback,
 )
 
+from reward_server.begun import begun_with, fingerprint, wordings
 from reward_server.families.base import ChatFamily, Medium
 from reward_server.judge_training import Fit, JudgeTraining
 from reward_server.machine import find_model
@@ -269,19 +271,11 @@ def begin(config: JudgeTraining, fit: Fit, folder: Path, source: Path, data: Pat
         return
     shared = {name: repr(getattr(config, name)) for name in ("image", "video", "lora", "train_vision", "seed")}
     kept = {k: v for k, v in asdict(fit).items() if k not in ("traces", "checkpoint_every", "log_every")}
+    said = wordings(config.image) | {"wording of video": wordings(config.video)["wording of video"]}
     digest = hashlib.sha256(data.read_bytes()).hexdigest()
-    settings = shared | kept | {"model": str(source), "data": digest}
-    path = folder / SETTINGS
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        other = [f"{k} is {settings.get(k)!r}, not {before.get(k)!r}" for k in settings if settings[k] != before.get(k)]
-        if other:
-            raise ValueError(
-                f"{folder} was begun otherwise ({'; '.join(other)}): give the run another name, or remove {folder} to begin anew"
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    settings = shared | kept | said | {"model": str(source), "weights": fingerprint(source), "data": digest}
+    settings |= {"precision": config.precision, "processes": PartialState().num_processes}
+    begun_with(folder / SETTINGS, settings, f"give the run another name, or remove {folder} to begin anew")
 
 
 def finished(folder: Path) -> bool:
@@ -296,9 +290,10 @@ def fit_and_export(config: JudgeTraining, trainer: Trainer, folder: Path, source
         source: The model folder that the stage began with.
     """
     newest = last_checkpoint(folder)
-    trainer.add_callback(Recorder(folder, _step(newest)))
-    with WandbRun(config, folder):
-        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    if not (newest and _complete(newest)):  # else only the export is missing; the trainer would take one step more
+        trainer.add_callback(Recorder(folder, _step(newest)))
+        with WandbRun(config, folder):
+            trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     trainer.accelerator.wait_for_everyone()
     last = last_checkpoint(folder)
     assert last is not None, "training ends with a checkpoint"
@@ -317,6 +312,12 @@ def last_checkpoint(folder: Path) -> Path | None:
             continue
         return path
     return None
+
+
+def _complete(checkpoint: Path) -> bool:
+    """Whether it was written after the last step."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return bool(state["global_step"] >= state["max_steps"] > 0)
 
 
 def _step(checkpoint: Path | None) -> int:
@@ -365,8 +366,10 @@ class WandbRun:
         if self._on:
             import wandb
 
-            name = f"{self._config.name}-{self._folder.name}"
-            identity = hashlib.sha256(str(self._folder.absolute()).encode()).hexdigest()[:10]
+            name, kept = f"{self._config.name}-{self._folder.name}", self._folder / "wandb_id"
+            if not kept.exists():
+                kept.write_text(secrets.token_hex(5))
+            identity = kept.read_text().strip()
             project, mode = os.environ.get("WANDB_PROJECT", "grpo-flex-judge"), wandb_mode(self._config)
             wandb.init(project=project, name=name, id=identity, resume="allow", dir=self._folder, mode=mode)
 

@@ -12,7 +12,8 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from reward_server.asking import Endpoint
 from reward_server.families.base import ChatFamily, Medium
@@ -207,23 +208,24 @@ def _assigned(part: Any, names: Sequence[str], text: str, path: str) -> Any:
     value = getattr(part, name)
     if rest and not is_dataclass(value):
         raise ValueError(f"{path!r} cannot be set: {name} is {value!r}; choose an object in the experiment file")
-    new = _assigned(value, rest, text, path) if rest else _read(text, value, path)
+    new = _assigned(value, rest, text, path) if rest else _read(text, value, get_type_hints(type(part))[name], path)
     return replace(part, **{name: new})
 
 
-def _read(text: str, present: Any, path: str) -> Any:
-    """The text as a value of the present one's type; "none" takes an adapter away."""
+def _read(text: str, present: Any, hint: Any, path: str) -> Any:
+    """The text as a value of the field's type; "none" takes an adapter away, where there is one."""
     if isinstance(present, str):
         return text
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     try:
         value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
     except (ValueError, SyntaxError):
         value = text
-    if isinstance(present, float) and type(value) is int:
+    if float in kinds and type(value) is int:
         value = float(value)
-    if is_dataclass(present) and not isinstance(present, Lora):
+    if is_dataclass(present) and value is not None:
         raise ValueError(f"{path} is an object; set one of its fields, e.g. {path}.{fields(present)[0].name}=…")
-    if not (type(value) is type(present) or (isinstance(present, Lora) and value is None)):
-        wanted = "none" if isinstance(present, Lora) else type(present).__name__
-        raise ValueError(f"{path}={text}: it needs to be {wanted}")
+    if type(value) not in kinds:
+        wanted = ["none" if kind is NoneType else f"a {kind.__name__}" for kind in kinds if not is_dataclass(kind)]
+        raise ValueError(f"{path}={text}: it needs to be {' or '.join(wanted)}")
     return value

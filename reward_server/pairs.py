@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from reward_server.asking import Asker, ProgressLine, Unanswered, check, for_each, shown_urls
+from reward_server.begun import begun_with, fingerprint, wordings
 from reward_server.families.base import FIRST, SECOND
 from reward_server.families.reasoning import Reasoning
 from reward_server.judge_training import JudgeTraining
 from reward_server.ledger import Ledger
 from reward_server.preferences import Preference, read, shown_order
 
-FILE, COUNTS = "pairs.jsonl", "pairs.json"
+FILE, COUNTS, SETTINGS = "pairs.jsonl", "pairs.json", "pairs.settings.json"
 ONE_RIGHT, BY_REASONING = "one right", "both right, decided by reasoning"
 SAME, UNDECIDED, NOT_ASKED = "both right, the same text", "both right, undecided", "both right, no reasoning judge"
 NONE_RIGHT = "none right"
@@ -44,6 +45,9 @@ async def build(config: JudgeTraining) -> dict[str, int]:
     found = read(config.pairs.preferences).preferences
     labelled = [p for p in found if p.label is not None]
     check(labelled, [])
+    begun_with(
+        config.folder / SETTINGS, _settings(config), f"give the run another name, or move {FILE} and {SETTINGS} away"
+    )
     with Ledger(config.folder / FILE) as file:
         known = {record["id"]: record for record in file}
         again = NOT_ASKED if config.pairs.reasoning.url else ""
@@ -53,6 +57,17 @@ async def build(config: JudgeTraining) -> dict[str, int]:
     counts |= {"without a label": len(found) - len(labelled), "unanswered": unanswered.total()}
     (config.folder / COUNTS).write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
     return counts | {f"unanswered: {reason}": count for reason, count in unanswered.most_common(5)}
+
+
+def _settings(config: JudgeTraining) -> dict[str, Any]:
+    """What all pairs of one file have in common. The judge is stage 1's, where there is one, whatever serves it."""
+    judge = config.folder / "sft" / "model"
+    said = wordings(config.image) | {"wording of video": wordings(config.video)["wording of video"]}
+    return said | {
+        "seed": config.seed,
+        "temperature": config.pairs.endpoint.temperature,
+        "judge": fingerprint(judge) if judge.is_dir() else config.pairs.endpoint.model,
+    }
 
 
 def tally(records: Iterable[Mapping[str, Any]]) -> dict[str, int]:

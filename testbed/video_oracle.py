@@ -255,7 +255,9 @@ def score_reading(reading: ClipReading, reference: Mapping[str, Any]) -> ClipSco
     """The score of a clip that has been read. Raises KeyError for a malformed reference."""
     wanted = reference["objects"]
     padded = (*reading.objects[:4], *(None,) * len(wanted))
-    options = [(_attributes(reference, chosen), chosen) for chosen in set(permutations(padded, len(wanted)))]
+    # Equal pairings are tried once, in the order in which objects were seen: a set's order differs between processes.
+    pairings = dict.fromkeys(permutations(padded, len(wanted)))
+    options = [(_attributes(reference, chosen), chosen) for chosen in pairings]
     best, chosen = max(options, key=lambda option: (_own(option[0]), sum(option[0].values())))
     attributes = best | {
         "background": reading.background == reference["background"],

@@ -149,6 +149,24 @@ def test_slices_and_recomputed_activations_change_no_number(config: RunConfig, f
         torch.testing.assert_close(kept, again)
 
 
+def test_a_clip_that_is_larger_than_a_tile_is_decoded_in_tiles(
+    config: RunConfig, folders: dict[int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles begin above 256 pixels; with smaller ones a small clip shows that they come out in their places."""
+    x = torch.randn(1, 32, 4, generator=torch.Generator().manual_seed(0))
+    learner = Learner(configured(config, wan(folders[1], memory=Memory(vae_tiling=True))))
+    vae, tiled = learner.model.pipeline.vae, []
+    decode = vae.tiled_decode
+    monkeypatch.setattr(vae, "tiled_decode", lambda *words, **named: tiled.append(1) or decode(*words, **named))
+    whole = learner.model.decode(x)[0].astype(int)
+    assert not tiled
+    vae.enable_tiling(24, 24, 16, 16)
+    joined = learner.model.decode(x)[0].astype(int)
+    assert tiled and joined.shape == whole.shape
+    apart = np.abs(joined - whole).mean()
+    assert apart < 0.9 * np.abs(joined[..., ::-1, :] - whole).mean()  # nearer than its mirror image, for random weights
+
+
 def nudged(learner: Learner, scale: float = 0.3) -> Adapter:
     """An adapter that does something: a fresh one has B = 0."""
     generator = torch.Generator().manual_seed(1)

@@ -68,6 +68,44 @@ def records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_another_file_with_the_same_ids_is_refused(tmp_path: Path, preferences: list[Preference]) -> None:
+    others = [replace(p, prompt=f"another {p.prompt}") for p in preferences]
+    with serving(application(OracleJudge(style="trace"))) as url:
+        run(preferences[:3], settings(tmp_path, url))
+        with pytest.raises(
+            ValueError, match=rf"a record of another instance with the id '{preferences[0].id}'.* another --out"
+        ):
+            run(others, settings(tmp_path, url))
+        assert len(records(tmp_path / "t.jsonl")) == 3
+
+
+def test_what_was_begun_with_another_seed_or_wording_is_refused(tmp_path: Path, preferences: list[Preference]) -> None:
+    wording = tmp_path / "wording.txt"
+    wording.write_text("Which is better for {prompt}?")
+    with serving(application(OracleJudge(style="trace"))) as url:
+        asked = settings(tmp_path, url)
+        run(preferences[:2], asked)
+        with pytest.raises(ValueError, match=r"seed is 1, not 0.*give another --out"):
+            run(preferences, replace(asked, seed=1))
+        with pytest.raises(ValueError, match="wording of image is"):
+            run(preferences, replace(asked, family=replace(asked.family, prompt_file=str(wording))))
+        assert run(preferences, asked).traces == PAIRS
+
+
+def test_tokens_of_answers_that_came_to_nothing_are_counted(tmp_path: Path, preferences: list[Preference]) -> None:
+    """The first try is no trace, the second is refused."""
+    tries = []
+
+    def now_and_then(body: Body) -> Any:
+        tries.append(body)
+        return said("nothing") if len(tries) == 1 else 400
+
+    with serving(chat_app(now_and_then)) as url:
+        tally = run(preferences[:1], settings(tmp_path, url))
+    (record,) = records(tmp_path / "r.jsonl")
+    assert record["prompt_tokens"] > 0 and tally.prompt_tokens == record["prompt_tokens"]
+
+
 def test_the_traces_are_the_teachers_in_the_order_shown(tmp_path: Path, preferences: list[Preference]) -> None:
     unlabelled = [replace(preferences[0], label=None), replace(preferences[1], label=None, tie=True), *preferences[2:]]
     with serving(application(OracleJudge(style="trace"))) as url:

@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -232,6 +234,49 @@ def test_a_killed_sft_goes_on_as_if_nothing_had_been(
         sft.train(replace(config, sft=replace(config.sft, lr=0.01)))
 
 
+def test_a_stage_that_only_lacks_its_export_takes_no_further_step(
+    config: JudgeTraining, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the last step ends no epoch; W&B has one run of the stage, as long as its folder stays."""
+    config = replace(config, sft=replace(config.sft, steps=3), wandb="offline")
+    whole = sft.train(replace(config, name="whole"))
+    with monkeypatch.context() as patched:
+        patched.setattr(finetuning, "export", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            sft.train(config)
+    folder = config.folder / "sft"
+    identity = (folder / "wandb_id").read_text()
+    parts = sft.train(config)
+    assert [line["step"] for line in finetuning.read_metrics(folder)] == [1, 2, 3]
+    assert (parts / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    (logged,) = (folder / "wandb").glob("offline-run-*")
+    assert logged.name.endswith(identity) and identity != (whole.parent / "wandb_id").read_text()
+
+
+def test_other_weights_and_another_wording_in_the_same_place_are_other_settings(
+    config: JudgeTraining, data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(data / "base", tmp_path / "base")
+    wording = tmp_path / "wording.txt"
+    wording.write_text((data / "base" / "prompt.txt").read_text())
+    config = replace(config, model=str(tmp_path / "base"), image=Flex(prompt_file=str(wording)))
+    begin = partial(
+        finetuning.begin, folder=config.folder / "sft", source=tmp_path / "base", data=Path(config.sft.traces)
+    )
+    begin(config, config.sft)
+    begin(config, config.sft)
+    with pytest.raises(ValueError, match="precision is 'bfloat16', not 'auto'"):
+        begin(replace(config, precision="bfloat16"), config.sft)
+    wording.write_text("Which is better for {prompt}?")
+    with pytest.raises(ValueError, match="wording of image is"):
+        begin(config, config.sft)
+    wording.write_text((data / "base" / "prompt.txt").read_text())
+    weights = tmp_path / "base" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match="weights is"):
+        begin(config, config.sft)
+
+
 # ---------------------------------------------------------------- stage 2
 
 
@@ -320,7 +365,8 @@ def test_the_testbed_takes_its_judge_through_the_recipe_once(
         (("sft",), "sft.traces is not set"),
         (("sft", "sft.traces=gone.jsonl"), "there is no file 'gone.jsonl'"),
         (("sft", "sft.trces=x"), "did you mean 'traces'"),
-        (("sft", "sft.lr=high"), "sft.lr=high: it needs to be float"),
+        (("sft", "sft.lr=high"), "sft.lr=high: it needs to be a float"),
+        (("sft", "image.thinking=7"), "image.thinking=7: it needs to be a bool or none"),
         (("sft", "sft.lr=0"), "sft.lr is 0.0; it needs to be above 0"),
         (("sft", "sft=1"), "sft is an object; set one of its fields, e.g. sft.lr=…"),
         (("sft", "name.first=1"), "'name.first' cannot be set"),

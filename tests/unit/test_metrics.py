@@ -146,6 +146,20 @@ def test_clips_become_an_mp4_that_plays_beside_a_strip(tmp_path: Path) -> None:
     assert (run / "samples" / "before_after.png").is_file()
 
 
+@pytest.mark.parametrize("side", [(480, 832), (240, 416), (48, 48)])
+def test_a_sheet_of_clips_is_no_wider_than_a_report_shows_readably(tmp_path: Path, side: tuple[int, int]) -> None:
+    """Large clips too, as a strip and as a film, of which two pairs stand beside each other."""
+    from PIL import Image
+
+    clips = [replace(sample(k, 0.5), media=np.zeros((7, *side, 3), np.uint8)) for k in range(4)]
+    film, still = pictures.write_before_after(tmp_path / "clips", list(zip(clips, clips, strict=True)), "title", 8)
+    assert Image.open(still).width <= pictures.WIDEST
+    import imageio.v2 as imageio
+
+    height, width, _ = next(imageio.get_reader(film).iter_data()).shape
+    assert width <= pictures.WIDEST and height < width
+
+
 def test_siblings_of_one_prompt_meet_in_order() -> None:
     before, after = [sample(0, 0.1), sample(1, 0.2), sample(0, 0.3)], [sample(0, 0.5), sample(0, 0.6)]
     pairs = [(a.scores["oracle"], b.scores["oracle"]) for a, b in pictures.match(before, after)]

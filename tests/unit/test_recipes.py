@@ -39,6 +39,7 @@ def test_the_wan_recipes_have_the_papers_settings(
     assert (sampled.group_size, sampled.same_noise, sampled.steps, sampled.eval_steps) == (6, True, 20, 30)
     assert (sampled.dynamics, sampled.window.fraction) == (FlowSde(a=0.7), 0.8)
     assert (pull.clip, pull.kl_beta, pull.kl_target > 0) == (1e-4, 0.004, "wan22" in recipe)  # 2.2: β adapts itself
+    assert pull.kl_form == "flow_grpo"
     assert made.adapter == Adapter(rank=64, alpha=128)
     assert (fit.lr, fit.lr_end, fit.weight_decay, fit.max_grad_norm) == (lr, 1, 1e-4, 1)
     assert made.advantage == GroupRelative(alpha=0.7, clip=5) and made.reward == WinRate()

@@ -1,5 +1,8 @@
 """The video oracle on clean clips, on spoilt ones and on hostile input."""
 
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -173,3 +176,27 @@ def test_the_reward_returns_plain_numbers():
     assert all(type(value) is float for value in values.values())
     assert {name for name, value in values.items() if value == 1.0} >= {"oracle", "exact", "kept", "legible"}
     assert "dynamic" in values
+
+
+def test_a_score_is_the_same_in_every_process() -> None:
+    """Equal pairings of two objects: which is taken must not depend on how a process hashes strings."""
+    code = (
+        "import numpy as np\n"
+        "from testbed import clips, video_oracle\n"
+        "rng = np.random.default_rng(3)\n"
+        "asked = [clips.sample_description(rng, pair_fraction=0.9) for _ in range(24)]\n"
+        "shown = [video_oracle.read_clip(clips.render_clip(clips.sample_clip(rng, one))) for one in asked]\n"
+        "for one in asked:\n"
+        "    for reading in shown: print(video_oracle.score_reading(reading, clips.reference(one)))\n"
+    )
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": "."},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert found[0] and found[0] == found[1]

@@ -1,0 +1,57 @@
+"""What a piece of work was begun with: written down once, and compared whenever the work goes on.
+
+Long work is resumed from its files. Were the settings other ones meanwhile, old and new results would stand side by side
+with nobody knowing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from reward_server.families.base import ChatFamily
+
+PIECE = 1 << 20
+"""Bytes that are read at each of three places of a file with weights."""
+
+
+def begun_with(path: Path, settings: Mapping[str, Any], way_out: str) -> None:
+    """Writes the settings to ``path``, or compares them with those that are there.
+
+    Raises:
+        ValueError: naming each setting that differs, and the way out.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(settings))
+    other = [f"{k} is {now.get(k)!r}, not {before.get(k)!r}" for k in now if now[k] != before.get(k)]
+    if other:
+        raise ValueError(f"{path.parent} was begun otherwise ({'; '.join(other)}): {way_out}")
+
+
+def wordings(family: ChatFamily) -> dict[str, str]:
+    """A digest of what the family says about pictures and about videos, whatever file it is from."""
+    said = {medium: replace(family, medium=medium).wording() for medium in ("image", "video")}
+    return {f"wording of {medium}": hashlib.sha256(text.encode()).hexdigest()[:12] for medium, text in said.items()}
+
+
+def fingerprint(folder: Path) -> str:
+    """Of a model's folder: names, sizes, and three pieces of each file with weights; other files whole."""
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder)} {size}".encode())
+        with file.open("rb") as content:
+            for start in (0, size // 2, size - PIECE) if size > 3 * PIECE else ():
+                content.seek(start)
+                digest.update(content.read(PIECE))
+            if size <= 3 * PIECE:
+                digest.update(content.read())
+    return digest.hexdigest()[:12]
