@@ -18,7 +18,7 @@ def config() -> RunConfig:
         "generator.guidance_2=3.0",
         "sampling.window.shared=true",
         "sampling.micro_batch=3",
-        "objective.kl_target=1e-4",
+        "objective.kl_target=1e-5",
         "optimizer.lr=4e-5",
         "placement.learners=2",
         "placement.shard_base=true",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -51,7 +51,11 @@ def train(
         loss_of: The loss of a step. It draws its batch from the step's number alone.
         stop_at: A step to stop at before the end.
         more: What a line of progress says beside the loss.
+
+    Raises:
+        ValueError: the checkpoint is of another course, whose learning rate would be gone on with.
     """
+    begun = asdict(replace(course, checkpoint_every=0))
     average = copy.deepcopy(model).requires_grad_(False) if course.ema else None
     optimizer = torch.optim.AdamW(
         model.parameters(), course.peak_lr, betas=course.betas, weight_decay=course.weight_decay, fused=True
@@ -61,7 +65,7 @@ def train(
     )
     parts = [part for part in (model, average, optimizer, schedule) if part is not None]
     path.parent.mkdir(parents=True, exist_ok=True)
-    first, spent = load_state(path, *parts)
+    first, spent = load_state(path, begun, *parts)
     start, recent = time.time() - spent, 0.0
     last = min(course.steps, stop_at or course.steps)
     for step in range(first, last):
@@ -78,7 +82,7 @@ def train(
         if (step + 1) % 50 == 0:
             print(f"{path.stem} {step + 1}/{course.steps} loss {recent:.4f} {more()} {spent:.0f} s", flush=True)
         if (step + 1) % course.checkpoint_every == 0 or step + 1 == last:
-            save_state(path, step + 1, spent, *parts)
+            save_state(path, step + 1, spent, begun, *parts)
     return model if average is None else average
 
 
@@ -91,20 +95,31 @@ def follow(average: nn.Module, module: nn.Module, decay: float) -> None:
 # ---------------------------------------------------------------- checkpoints
 
 
-def load_state(path: Path, *parts: Any) -> tuple[int, float]:
-    """Restores `parts` from a checkpoint, if there is one; finished steps and seconds spent on them."""
+def load_state(path: Path, begun: Mapping[str, Any], *parts: Any) -> tuple[int, float]:
+    """Restores `parts` from a checkpoint, if there is one; finished steps and seconds spent on them.
+
+    Raises:
+        ValueError: it was begun otherwise.
+    """
     if not path.exists():
         return 0, 0.0
     state = torch.load(path, weights_only=False)
+    before = state.get("begun", begun)
+    other = [
+        f"{name} was {before.get(name)}, not {value}" for name, value in begun.items() if value != before.get(name)
+    ]
+    if other:
+        raise ValueError(f"{path} was begun otherwise ({'; '.join(other)}): move it away to begin anew")
     for part, saved in zip(parts, state["parts"], strict=True):
         part.load_state_dict(saved)
     return int(state["step"]), float(state["seconds"])
 
 
-def save_state(path: Path, step: int, seconds: float, *parts: Any) -> None:
+def save_state(path: Path, step: int, seconds: float, begun: Mapping[str, Any], *parts: Any) -> None:
     """Writes a checkpoint so that a crash never leaves half of one."""
     scratch = path.with_suffix(".tmp")
-    torch.save({"step": step, "seconds": seconds, "parts": [part.state_dict() for part in parts]}, scratch)
+    saved = [part.state_dict() for part in parts]
+    torch.save({"step": step, "seconds": seconds, "begun": dict(begun), "parts": saved}, scratch)
     scratch.replace(path)
 
 

@@ -214,6 +214,9 @@ def test_training_resumes_exactly(tmp_path: Path, material: Material, monkeypatc
             train_judge.train(model, stage, config, stop_at=stop)
         finished.append(model.state_dict())
     assert all(torch.equal(finished[0][key], finished[1][key]) for key in finished[0])
+    config = replace(JudgeConfig(), build=tmp_path / "parts")
+    with pytest.raises(ValueError, match=r"peak_lr was 0\.001, not 0\.01.*move it away"):
+        train_judge.train(new_model(0), replace(stage, peak_lr=1e-2), config)
 
 
 def test_a_step_lowers_the_loss_of_its_batch(material: Material) -> None:
