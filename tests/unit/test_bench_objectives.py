@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import objectives as bench
+from grpo_flex.config_file import load_experiment
 from testbed.oracle import Score
 from testbed.oracle_judge import OracleJudge
 from testbed.oracle_replies import Judging
@@ -79,6 +80,18 @@ def test_table_and_plot(tmp_path: Path) -> None:
     ]
     bench.plot(bench.panels(found), tmp_path / "plot.png", "seconds")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_the_published_table_is_what_was_measured_and_the_default_recipe_is_its_winner() -> None:
+    found = bench.results(bench.RESULTS)
+    assert {len(runs) for runs in found.values()} == {3}
+    for page in ("README.md", "experiments/LOG.md"):
+        assert bench.table(found) in Path(page).read_text(encoding="utf-8"), page
+    winner = bench.configuration(next(iter(found)), 0, [])
+    for recipe in ("shapes_image", "shapes_image_oracle", "shapes_video"):
+        made = load_experiment(f"experiments/{recipe}.py")
+        assert type(made.objective) is type(winner.objective)
+        assert made.sampling.dynamics == winner.sampling.dynamics and made.sampling.solver == winner.sampling.solver
 
 
 def test_what_was_measured_otherwise_is_not_mixed_in(tmp_path: Path) -> None:
