@@ -2,7 +2,7 @@
 scores of their own, and the one pair that is left of each group goes into online Flow-DPO.
 
 The tiny judge answers both kinds of question, 14 about pairs and 8 about single pictures of a group of 8. Its settings are not tuned:
-DPO learns least of the objectives that were compared (`LOG.md`).
+of the objectives that were compared DPO learnt least (`LOG.md`).
 """
 
 from dataclasses import replace

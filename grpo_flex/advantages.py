@@ -130,7 +130,7 @@ class _Several:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The parts without which it has nothing to learn from; a run whose reward gives none of that name is ended."""
+        """The parts without which it has nothing to learn from; a run says so where no sibling has one."""
         return self.parts
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -268,7 +268,7 @@ class BestAndWorst:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """A score that no group had would sift nothing: a run whose reward gives no part of that name is ended."""
+        """A score that no sibling has sifts nothing; a run says so."""
         return self.rank, self.score
 
     def __call__(self, rewarded: Sequence[RewardedGroup]) -> tuple[list[np.ndarray], dict[str, float]]:

@@ -551,7 +551,8 @@ def _mistyped(part: Any, prefix: str = "") -> Iterator[Problem]:
     """Fields whose value is of another type, in a part and in the parts of it."""
     for f in fields(part):
         value, hint = getattr(part, f.name), hints(type(part)).get(f.name, Any)
-        abstract = hint is Any or getattr(hint, "_is_protocol", False)
+        ours = type(part).__module__ == __name__  # a user's own class may call another thing so
+        abstract = ours and (hint is Any or getattr(hint, "_is_protocol", False))
         offers, what = VARIANTS.get(f.name, ((), "")) if abstract else ((), "")
         if offers and (isinstance(value, type) or not any(hasattr(value, name) for name in offers)):
             yield f"{prefix}{f.name}", f"is {value!r}; it needs to be {what}"

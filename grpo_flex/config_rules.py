@@ -37,7 +37,7 @@ def _noise(config: RunConfig) -> Iterator[Problem]:
             f"has no noise, so its steps have no density for {type(config.objective).__name__} to learn from; "
             "use e.g. FlowSde(a=0.7)",
         )
-    if config.objective.needs_diffusion and not getattr(config.sampling.dynamics, "diffuses", True):
+    if getattr(config.objective, "needs_diffusion", False) and not getattr(config.sampling.dynamics, "diffuses", True):
         yield (
             "sampling.dynamics",
             f"is {type(config.sampling.dynamics).__name__}, whose mean does not move with the velocity in proportion to a step's "

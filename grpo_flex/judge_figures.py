@@ -13,8 +13,14 @@ from grpo_flex.types import Verdict, VerdictStatus
 
 
 def judged_share(verdicts: Sequence[Verdict]) -> float:
-    """Share of a group's questions that were answered; compare it with ``judge.min_judged``."""
-    return sum(v.status == "ok" for v in verdicts) / len(verdicts) if verdicts else 0.0
+    """Share of a group's questions that were answered; compare it with ``judge.min_judged``.
+
+    Where both pairs and single siblings are asked about, the smaller share of the two.
+    """
+    kinds = [
+        [v.status == "ok" for v in verdicts if len(v.members) == count] for count in {len(v.members) for v in verdicts}
+    ]
+    return min((sum(answered) / len(answered) for answered in kinds), default=0.0)
 
 
 def judge_metrics(groups: Sequence[Sequence[Verdict]]) -> dict[str, float]:

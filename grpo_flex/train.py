@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +26,7 @@ from grpo_flex.fleet import Job
 from grpo_flex.guards import Regress, regress, spread, versus_base
 from grpo_flex.judge_figures import judge_metrics, judged_share
 from grpo_flex.judge_server import JudgeAway, JudgeServer
-from grpo_flex.metrics import RunLog, VerdictRow, curve, headline_key, mean_scores, read_metrics
+from grpo_flex.metrics import RunLog, VerdictRow, curve, headline_key, keys_of, mean_scores, read_metrics
 from grpo_flex.mirror import Mirror
 from grpo_flex.prompts import PromptStream, seed_for
 from grpo_flex.rewards import reward_metrics
@@ -117,8 +117,11 @@ class Trainer:
         self._adapters.extend([self.cluster.publish()] * (self.config.sampling.lookahead + 1 - len(self._adapters)))
         if self.log.last_step < 0:  # a run that was stopped in its first step has its step 0 already
             numbers = self.evaluate(self.cluster.publish_evaluation())
+            self._check_watched(numbers)
             self.log.log(0, numbers)
             self.console.step(0, numbers)
+        else:
+            self._check_watched(keys_of(read_metrics(self.log.run_dir), "heldout/"))
         while self.step < self.config.steps:
             began, self._seconds, self._outage = time.perf_counter(), {}, {}
             numbers = self.take_step()
@@ -204,6 +207,7 @@ class Trainer:
         said = [[*verdicts[i], *scores[i]] for i in usable]
         rewarded = [self._rewarded(flight, i, v) for i, v in zip(usable, said, strict=True)]
         self._check_rewards(rewarded, scores)
+        self._check_parts(rewarded)
         advantages, numbers = self.config.advantage(rewarded)
         given = dict.fromkeys(range(len(groups)), np.full(self.config.sampling.group_size, np.nan))
         given |= zip(usable, advantages, strict=True)
@@ -225,9 +229,7 @@ class Trainer:
             samples = list(self.cluster.evaluate(self.heldout, adapter))
             numbers = self.versus_base(samples)
         self.log.samples(self.step, samples)
-        scores = {f"heldout/{name}": score for name, score in mean_scores(samples).items()}
-        self._check_watched(scores)
-        return scores | numbers
+        return {f"heldout/{name}": score for name, score in mean_scores(samples).items()} | numbers
 
     def versus_base(self, samples: Sequence[Sample]) -> dict[str, float]:
         """The judge's win rate of some held-out samples against the base model's from the same noise."""
@@ -244,10 +246,13 @@ class Trainer:
             for sample, seed, base in zip(now, seeds, self._base, strict=True)
         ]
         said = ray.get(asked)  # not interrupted: the step is complete, and its line of metrics has to follow
+        said = [
+            [verdict for verdict in v if len(verdict.members) == 2] or v for v in said
+        ]  # who wins, not who scores more
         return versus_base([self.config.reward(2, v, s.prompt.id) for v, s in zip(said, now, strict=True)])
 
-    def _check_watched(self, scores: Mapping[str, float]) -> None:
-        """Raise ConfigError when the figure that stops a run early is none that the scorer gives."""
+    def _check_watched(self, scores: Collection[str]) -> None:
+        """Raise ConfigError, before the first step, when the figure that stops a run early is none that the scorer gives."""
         watched = self.config.evaluation.stop_on if self.config.evaluation.stop_after else ""
         if watched not in ("", "heldout/win_rate", *scores):
             raise ConfigError(
@@ -416,8 +421,6 @@ class Trainer:
             reason = next(f"{v.problem}: {v.rationale}" for v in flat if v.scorer == name)
             self.console.note(f"step {self.step + 1}: the scorer {name} failed for every sibling ({reason})")
         given = any(not np.isnan(group.rewards_G).all() for group in rewarded)
-        if given and self.step == 0:
-            self._check_parts({name for group in rewarded for name in group.breakdown_G})
         self._starved = 0 if given else self._starved + 1
         if self._starved >= STARVED_STEPS:
             raise Starved(
@@ -425,12 +428,14 @@ class Trainer:
                 "metrics say why); mend that, then resume"
             )
 
-    def _check_parts(self, given: Set[str]) -> None:
-        """Raise ConfigError when the advantage reads parts of the reward by names that the reward does not give."""
-        if missing := [name for name in getattr(self.config.advantage, "reads", ()) if name not in given]:
-            raise ConfigError(
-                f"advantage reads {', '.join(map(repr, missing))}, which the reward and its judge do not give: they give "
-                f"{', '.join(sorted(given))}. Name one of these in advantage"
+    def _check_parts(self, rewarded: Sequence[RewardedGroup]) -> None:
+        """Say so when the advantage reads a part of the reward that no sibling of the step has."""
+        given = {n for group in rewarded for n, values in group.breakdown_G.items() if not np.isnan(values).all()}
+        missing = [name for name in getattr(self.config.advantage, "reads", ()) if name not in given]
+        if given and missing:
+            self.console.note(
+                f"step {self.step + 1}: advantage reads {', '.join(map(repr, missing))}, which no sibling has; the reward gives "
+                f"{', '.join(sorted(given))}"
             )
 
     def _wait(self, refs: Sequence[Any]) -> None:

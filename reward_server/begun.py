@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +27,32 @@ def begun_with(path: Path, settings: Mapping[str, Any], way_out: str) -> None:
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        half = path.with_name(f".{path.name}.part")
+        half.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        os.replace(half, path)
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}): {way_out}") from error
     now = json.loads(json.dumps(settings))
-    other = [f"{k} is {now.get(k)!r}, not {before.get(k)!r}" for k in now if now[k] != before.get(k)]
+    # A setting that an earlier version did not write down is not compared.
+    other = [f"{k} is {now[k]!r}, not {before[k]!r}" for k in now if k in before and now[k] != before[k]]
     if other:
         raise ValueError(f"{path.parent} was begun otherwise ({'; '.join(other)}): {way_out}")
 
 
-def wordings(family: ChatFamily) -> dict[str, str]:
-    """A digest of what the family says about pictures and about videos, whatever file it is from."""
-    said = {medium: replace(family, medium=medium).wording() for medium in ("image", "video")}
+def wordings(*families: ChatFamily) -> dict[str, str]:
+    """A digest of what each says in its medium, whatever file it is from."""
+    said = {family.medium: family.wording() for family in families}
     return {f"wording of {medium}": hashlib.sha256(text.encode()).hexdigest()[:12] for medium, text in said.items()}
 
 
 def fingerprint(folder: Path) -> str:
     """Of a model's folder: names, sizes, and three pieces of each file with weights; other files whole."""
     digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")):
+    files = (path for path in folder.rglob("*") if path.is_file())
+    for file in sorted(f for f in files if not any(part.startswith(".") for part in f.relative_to(folder).parts)):
         size = file.stat().st_size
         digest.update(f"{file.relative_to(folder)} {size}".encode())
         with file.open("rb") as content:

@@ -102,13 +102,14 @@ async def distil(preferences: Sequence[Preference], settings: Distillation) -> T
     decided = [p for p in preferences if not p.tie]
     async with Asker(settings.endpoint) as teacher:
         with ExitStack() as files:
-            asked = {"seed": settings.seed, "teacher": teacher.model, "temperature": settings.endpoint.temperature}
-            begun_with(
-                settings.out.with_suffix(".settings.json"),
-                asked | wordings(settings.family),
-                f"give another --out, or move {settings.out} and what lies beside it away",
-            )
             traces, rejected = (files.enter_context(Ledger(path)) for path in (settings.out, settings.rejected))
+            asked = {"seed": settings.seed, "teacher": teacher.model, "temperature": settings.endpoint.temperature}
+            about = settings.out.with_suffix(".settings.json")
+            if not traces.done and not rejected.done:
+                about.unlink(missing_ok=True)  # a try that came to nothing binds nobody
+            media = {preference.medium for preference in decided}
+            said = wordings(*(replace(settings.family, medium=medium) for medium in sorted(media)))
+            begun_with(about, asked | said, f"give another --out, or move {settings.out} and what lies beside it away")
             _check_same({p.id: p for p in decided}, (*traces, *rejected), settings.out)
             work = _Work(settings, teacher, traces, rejected)
             work.tally.ties = len(preferences) - len(decided)

@@ -271,10 +271,12 @@ def begin(config: JudgeTraining, fit: Fit, folder: Path, source: Path, data: Pat
         return
     shared = {name: repr(getattr(config, name)) for name in ("image", "video", "lora", "train_vision", "seed")}
     kept = {k: v for k, v in asdict(fit).items() if k not in ("traces", "checkpoint_every", "log_every")}
-    said = wordings(config.image) | {"wording of video": wordings(config.video)["wording of video"]}
+    said = wordings(config.image, config.video)
     digest = hashlib.sha256(data.read_bytes()).hexdigest()
     settings = shared | kept | said | {"model": str(source), "weights": fingerprint(source), "data": digest}
-    settings |= {"precision": config.precision, "processes": PartialState().num_processes}
+    settings |= {"precision": config.precision}
+    if not finished(folder):
+        settings |= {"processes": PartialState().num_processes}
     begun_with(folder / SETTINGS, settings, f"give the run another name, or remove {folder} to begin anew")
 
 

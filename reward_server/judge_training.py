@@ -212,6 +212,11 @@ def _assigned(part: Any, names: Sequence[str], text: str, path: str) -> Any:
     return replace(part, **{name: new})
 
 
+def _is(value: Any, kind: Any) -> bool:
+    plain = get_origin(kind) or kind
+    return isinstance(value, plain) and (plain is bool or not isinstance(value, bool))
+
+
 def _read(text: str, present: Any, hint: Any, path: str) -> Any:
     """The text as a value of the field's type; "none" takes an adapter away, where there is one."""
     if isinstance(present, str):
@@ -225,7 +230,11 @@ def _read(text: str, present: Any, hint: Any, path: str) -> Any:
         value = float(value)
     if is_dataclass(present) and value is not None:
         raise ValueError(f"{path} is an object; set one of its fields, e.g. {path}.{fields(present)[0].name}=…")
-    if type(value) not in kinds:
-        wanted = ["none" if kind is NoneType else f"a {kind.__name__}" for kind in kinds if not is_dataclass(kind)]
+    if not any(_is(value, kind) for kind in kinds):
+        wanted = [
+            "none" if kind is NoneType else f"a {getattr(kind, '__name__', kind)}"
+            for kind in kinds
+            if not is_dataclass(kind)
+        ]
         raise ValueError(f"{path}={text}: it needs to be {' or '.join(wanted)}")
     return value

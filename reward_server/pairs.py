@@ -62,8 +62,7 @@ async def build(config: JudgeTraining) -> dict[str, int]:
 def _settings(config: JudgeTraining) -> dict[str, Any]:
     """What all pairs of one file have in common. The judge is stage 1's, where there is one, whatever serves it."""
     judge = config.folder / "sft" / "model"
-    said = wordings(config.image) | {"wording of video": wordings(config.video)["wording of video"]}
-    return said | {
+    return wordings(config.image, config.video) | {
         "seed": config.seed,
         "temperature": config.pairs.endpoint.temperature,
         "judge": fingerprint(judge) if judge.is_dir() else config.pairs.endpoint.model,

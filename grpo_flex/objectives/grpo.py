@@ -62,7 +62,7 @@ class Grpo(Anchored):
         sigma, sigma_next = trajectories.sigmas[i], trajectories.sigmas[i + 1]
         x = trajectories.latents_GKNC[:, k].to(new.mean)
         mean_ref, std = policy.dynamics.moments(x, policy.reference_velocity(x, sigma), sigma, sigma_next)
-        published = self.kl_form == "flow_grpo" and policy.dynamics.diffuses
+        published = self.kl_form == "flow_grpo" and getattr(policy.dynamics, "diffuses", True)
         variance = std**2 / (sigma - sigma_next) if published else std**2
         return gaussian_kl(new.mean, mean_ref, variance)
 

@@ -72,4 +72,4 @@ class RankAndScore:
 
 def by_candidates(family: Family) -> Mapping[int, Family]:
     """Who asks a question that shows so many candidates: a family itself, or the two of a ``RankAndScore``."""
-    return {part.candidates: part for part in getattr(family, "parts", (family,))}
+    return {part.candidates: part for part in (family.parts if isinstance(family, RankAndScore) else (family,))}

@@ -14,7 +14,7 @@ from PIL import Image
 from benchmarks import judges as bench
 from grpo_flex.advantages import GroupRelative
 from grpo_flex.config import RunConfig
-from grpo_flex.config_file import load_experiment
+from grpo_flex.config_file import load_experiment, to_json
 from grpo_flex.overrides import override
 from reward_server.ask import data_url
 from reward_server.families.flex import Flex
@@ -91,7 +91,9 @@ def kept_run(out: Path, name: str, scores: dict[int, float]) -> None:
 def stand_in(runs: Path, name: str, scores: dict[int, float], steps: int) -> None:
     """A run's folder with nothing in it but what the benchmark reads; each second step has no held-out score."""
     (runs / name).mkdir(parents=True)
-    (runs / name / "config.json").write_text(json.dumps({"steps": steps}))
+    variant = name.removeprefix("judges_").rpartition("_s")[0]
+    config = bench.configuration(variant, [f"name={name}", f"runs_dir={runs}", f"steps={steps}"])
+    (runs / name / "config.json").write_text(to_json(config))
     rows = [row for step, s in scores.items() for row in ({"step": step, bench.SCORE: s}, {"step": step + 1})]
     (runs / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
 
@@ -136,8 +138,11 @@ def test_what_a_finished_run_measured_is_kept_and_not_measured_again(
 
     monkeypatch.setattr(bench.subprocess, "run", trained)
     for _ in range(2):
-        bench.run_all(["flex", "oracle"], [0], runs, out, [])
+        bench.run_all(["flex", "oracle"], [0], runs, out, ["steps=10"])
     assert [words[4] for words in started] == ["experiments/shapes_image_same_oracle.py"]
     assert bench.curves(out) == {"flex": [[(0, 0.5), (10, 0.6)]], "oracle": [[(0, 0.5), (10, 0.7)]]}
     with pytest.raises(ValueError, match="with other settings"):
         bench.run_all(["flex"], [0], runs, out, ["optimizer.lr=1e-5"])
+    stand_in(runs, "judges_pointwise_s0", {0: 0.5, 10: 0.7}, steps=10)
+    with pytest.raises(ValueError, match="judges_pointwise_s0 is of another configuration"):
+        bench.run_all(["pointwise"], [0], runs, out, ["steps=20"])

@@ -72,9 +72,7 @@ def test_another_file_with_the_same_ids_is_refused(tmp_path: Path, preferences: 
     others = [replace(p, prompt=f"another {p.prompt}") for p in preferences]
     with serving(application(OracleJudge(style="trace"))) as url:
         run(preferences[:3], settings(tmp_path, url))
-        with pytest.raises(
-            ValueError, match=rf"a record of another instance with the id '{preferences[0].id}'.* another --out"
-        ):
+        with pytest.raises(ValueError, match=r"a record of another instance with the id .* another --out"):
             run(others, settings(tmp_path, url))
         assert len(records(tmp_path / "t.jsonl")) == 3
 

@@ -156,7 +156,7 @@ def test_a_sheet_of_clips_is_no_wider_than_a_report_shows_readably(tmp_path: Pat
     assert Image.open(still).width <= pictures.WIDEST
     import imageio.v2 as imageio
 
-    height, width, _ = next(imageio.get_reader(film).iter_data()).shape
+    height, width, _ = np.asarray(imageio.mimread(str(film))[0]).shape
     assert width <= pictures.WIDEST and height < width
 
 
