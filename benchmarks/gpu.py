@@ -140,7 +140,7 @@ def _seconds(call: Callable[[], Any], device: str) -> float:
 
 
 def run(config: RunConfig, arguments: argparse.Namespace) -> list[Row]:
-    """Plain, with all blocks recomputed, and compiled; each in a process's memory of its own as far as it can be freed."""
+    """All blocks recomputed, without and with compiling; each in a process's memory of its own as far as it can be freed."""
     import gc
 
     import torch

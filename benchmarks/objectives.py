@@ -5,7 +5,8 @@ each, taking turns. A run that is finished has its JSON in the output directory 
 stopped and started as one likes; those in ``benchmarks/results/objectives`` are what the README's table was made of.
 Held-out scoring is not counted as training time.
 
-    python -m benchmarks.objectives --clock cpu --seconds 240 --every 60             # the README's table; hours
+    python -m benchmarks.objectives --clock cpu --seconds 400 --every 80 --only nft-ode guard-flow_sde grpo-flow_sde-flash \
+        grpo-flow_sde-mix awm-ode grpo-flow_sde grpo-cps dpo-ode grpo-dance                # the README's table; hours
     python -m benchmarks.objectives --only grpo-flow_sde nft-ode --seeds 0 --out runs/mine
     python -m benchmarks.objectives --table                                          # what there is so far, and the plot
 """

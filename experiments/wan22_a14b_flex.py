@@ -2,7 +2,8 @@
 
 The boundary between the experts is the model's own, 0.875. Nobody has run this recipe yet; ``kl_target`` is our guess. The
 learners share out both experts, so all groups of a step train the same noise levels; a worker holds both beside the text
-encoder, which leaves room for three clips at once (`python -m grpo_flex plan experiments/wan22_a14b_flex.py --gpus 8`).
+encoder, which leaves room for three clips at once
+(`python -m grpo_flex plan experiments/wan22_a14b_flex.py --gpus 8 --gpu-memory 80`).
 """
 
 from experiments import wan21_14b_flex

@@ -1,6 +1,6 @@
 """The rollout worker: a prompt becomes a group of siblings, with the steps that will be trained.
 
-Knows nothing of Ray: ``cluster.py`` makes an actor of it. What it samples depends on (run seed, step, prompt,
+Knows nothing of Ray: ``actors.py`` makes an actor of it. What it samples depends on (run seed, step, prompt,
 sibling) and the adapter alone, not on which worker does it or what it did before.
 """
 

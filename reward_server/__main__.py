@@ -179,7 +179,8 @@ def _announce(hosted: Hosted, judge: VllmJudge, ready_file: str, seconds: float)
     one, *others = hosted.endpoints
     given = shlex.quote(str(hosted.endpoints)) if others else one
     _note(
-        f"ready after {seconds:.0f} s. To train with it: judge.server=none judge.endpoints={given} "
+        f"ready after {seconds:.0f} s. To ask it: python -m reward_server judge A.png B.png --prompt … --endpoint {one} "
+        f"--family {judge.settings().family}. To train with it: judge.server=none judge.endpoints={given} "
         f"judge.model={judge.served_name}. Ctrl-C stops it."
     )
     if ready_file:

@@ -1,4 +1,4 @@
-"""What each released judge wants from the server: data, read by ``serve`` and by the ``judge`` command."""
+"""What each released judge wants from the server: data, read by ``serve``."""
 
 from __future__ import annotations
 
