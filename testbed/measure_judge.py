@@ -43,7 +43,7 @@ from testbed.judge_data import (
 )
 from testbed.judge_preferences import CLEAR
 from testbed.judge_trace import Judged, winner_of
-from testbed.preference import Score
+from testbed.preference import NEAR, Score
 from testbed.train_judge import OUTPUT, STAGES, JudgeConfig, Stage, flux_draw
 from testbed.training import BUILD, seconds_spent
 
@@ -179,12 +179,12 @@ def _agree(answer: Answer[Any]) -> bool:
 
 
 def _category_accuracy(answers: Sequence[Answer[Any]], anchor: str) -> float:
-    """Where the two pictures differ in what the category is about."""
+    """Where the two pictures differ in what the category is about, by enough for the teacher to say so."""
     name = _VALUES[anchor]
     right = []
     for answer in answers:
         one, two = (getattr(score, name) for score in _scores(answer.pair))
-        if one != two:
+        if abs(one - two) >= NEAR:
             right.append(answer.reply.dimensions.get(anchor) == float(two > one))
     return _mean(right)
 
@@ -222,12 +222,13 @@ def compared(endpoint: Endpoint, family: ChatFamily, pairs: Mapping[str, Sequenc
 
 
 def facts(folder: Path, stages: Sequence[Stage]) -> dict[str, Any]:
-    """A saved judge's size, and how long its stages took."""
-    files = list(folder.glob("*.safetensors"))
+    """A saved judge's size, and how long its stages took: as its card has it where they were trained elsewhere."""
+    files, card = list(folder.glob("*.safetensors")), folder / "measured.json"
+    before = json.loads(card.read_text())["seconds"] if card.exists() else {}
     return {
         "parameters": sum(_parameters(path) for path in files),
         "weight_bytes": sum(path.stat().st_size for path in files),
-        "seconds": seconds_spent(*(JudgeConfig().build / f"{stage.name}.pt" for stage in stages)),
+        "seconds": before | seconds_spent(*(JudgeConfig().build / f"{stage.name}.pt" for stage in stages)),
     }
 
 
@@ -266,6 +267,7 @@ def card(measured: Mapping[str, Any], recipe: str) -> str:
         siblings=SIBLINGS,
         seed=SEED,
         clear=CLEAR,
+        near=NEAR,
         tokens=measured["samples"]["tokens"],
     )
 
@@ -348,7 +350,7 @@ share of replies in which the picture shown first wins. An unparsed reply counts
 |---|---|---|---|---|---|---|---|---|
 {rows}
 
-By category, where the two pictures differ in it:
+By category, where the two pictures differ in it by {near:g} or more:
 
 | pictures | alignment | quality | aesthetics |
 |---|---|---|---|
