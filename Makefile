@@ -36,7 +36,7 @@ environments:
 train-image-grpo: environments  ## train the tiny FLUX by the tiny judge's verdicts: a new run, or RESUME=runs/NAME; ARGS="field=value …"
 	@$(PY) -m grpo_flex train experiments/shapes_image.py $(if $(RESUME),--resume $(RESUME)) $(ARGS)
 
-train-video-grpo: setup  ## train the tiny Wan, which shows moving shapes, by an oracle's verdicts: RESUME and ARGS as above
+train-video-grpo: environments  ## the same for clips: the tiny Wan, which shows moving shapes, and a tiny judge of clips
 	@$(PY) -m grpo_flex train experiments/shapes_video.py $(if $(RESUME),--resume $(RESUME)) $(ARGS)
 
 evaluate: setup  ## score a run's adapter on held-out prompts: RUN=runs/NAME
@@ -74,7 +74,7 @@ train-judge: setup setup-judge  ## train the testbed's tiny judge from nothing (
 	$(PY) -m testbed.refine_judge
 	$(PY) -m testbed.measure_judge --card
 
-train-video-judge: setup setup-judge  ## the same for the tiny judge of clips, which is only pre-trained (hours; resumable)
+train-video-judge: setup setup-judge  ## extend the tiny judge to clips (hours; resumable)
 	$(PY) -m testbed.train_video_judge
 	$(PY) -m testbed.measure_video_judge --card
 

@@ -192,6 +192,36 @@ def new_model(seed: int, form: Form = PICTURES) -> Qwen3VLForConditionalGenerati
     return model
 
 
+@torch.no_grad()
+def extended(
+    model: Qwen3VLForConditionalGeneration, form: Form, folder: Path, before: Form
+) -> Qwen3VLForConditionalGeneration:
+    """An untrained model of a form, with all that fits of a saved judge's weights, whose form is `before`; in place.
+
+    Pieces that both languages have keep their vectors. Patches and places are interpolated: a filter then sees what it saw,
+    larger, and answers as strongly.
+    """
+    known = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).state_dict()
+    old, new = token_ids(before), token_ids(form)
+    shared = sorted(old.keys() & new.keys())
+    for name, weight in model.state_dict().items():  # which shares its memory with the model
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            weight[[new[piece] for piece in shared]] = known[name][[old[piece] for piece in shared]]
+        elif name.endswith("patch_embed.proj.weight"):
+            weight.copy_(_resized(known[name].flatten(0, 2)[:, None], form.patch).reshape(weight.shape))
+            weight.mul_((before.patch / form.patch) ** 2)
+        elif name.endswith("visual.pos_embed.weight"):
+            places = known[name].T.reshape(1, -1, before.grid, before.grid)
+            weight.copy_(_resized(places, form.grid).flatten(2)[0].T)
+        else:
+            weight.copy_(known[name])
+    return model
+
+
+def _resized(maps: torch.Tensor, side: int) -> torch.Tensor:
+    return nn.functional.interpolate(maps, size=(side, side), mode="bilinear", antialias=True)
+
+
 def new_config(form: Form = PICTURES) -> Qwen3VLConfig:
     ids, size = token_ids(form), len(new_tokenizer(form))
     text = {

@@ -1,6 +1,7 @@
 """Measures the tiny judge of clips against the oracle: held-out prompts, renders and the tiny Wan's own samples, both orders.
 
-`python -m testbed.measure_video_judge` prints the numbers of `testbed/tiny_video_judge`, served by vLLM. With `--card` it also writes the model card.
+`python -m testbed.measure_video_judge` prints the numbers of `testbed/tiny_video_judge`, served by vLLM. With `--card` it also writes
+the model card; with `--readme` it only writes the card anew, from the numbers that are there.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from reward_server.families.flex import Flex
 from testbed.judge_data import SIBLINGS, Draw, Pair
 from testbed.judge_preferences import CLEAR
 from testbed.measure_judge import SEED, all_pairs, category_row, compared, facts, row, serving, stage_rows, write_card
+from testbed.preference import NEAR
 from testbed.train_video_judge import OUTPUT, STAGES, VideoJudgeConfig, has_wan, load_bank, wan_draw
 from testbed.training import BUILD
 from testbed.video_judge_data import SEEN, draw_renders, heldout_texts
@@ -37,6 +39,11 @@ def measure(folder: Path = OUTPUT) -> dict[str, Any]:
         return facts(folder, STAGES) | compared(endpoint, family, pairs)
 
 
+def card_of(folder: Path = OUTPUT) -> str:
+    """The model card from the numbers that were measured when a saved judge was made."""
+    return card(json.loads((folder / "measured.json").read_text()))
+
+
 def card(measured: Mapping[str, Any]) -> str:
     """The model card as Markdown, from measured numbers and the configurations that were used."""
     kinds = [kind for kind in ("samples", "renders") if kind in measured]
@@ -54,6 +61,7 @@ def card(measured: Mapping[str, Any]) -> str:
         frames=len(SEEN),
         seed=SEED,
         clear=CLEAR,
+        near=NEAR,
         prompts=len(heldout_texts()),
         tokens=measured[kinds[0]]["tokens"],
     )
@@ -67,9 +75,9 @@ pipeline_tag: image-text-to-text
 
 # Tiny judge of moving shapes
 
-A complete Qwen3-VL with tiny weights, trained from nothing, that compares two clips of flat shapes for a prompt, by
-{frames} frames of 48 x 48 of each, and replies in the UnifiedReward-Flex format. It exists so that reinforcement learning
-against a judge can be developed and tested on a CPU. It knows the testbed's world and nothing else.
+A complete Qwen3-VL with tiny weights that compares two clips of flat shapes for a prompt, by {frames} frames of 48 x 48
+of each, and replies in the UnifiedReward-Flex format. It is the tiny judge of shapes, trained on. It exists so that
+reinforcement learning against a judge can be developed and tested on a CPU. It knows the testbed's world and nothing else.
 
 vLLM serves the folder like any Qwen3-VL (give it `--dtype float32` or `bfloat16`). Ask it with the Flex family and
 `prompt.txt` as its wording: `Flex(medium="video", prompt_file="testbed/tiny_video_judge/prompt.txt")`.
@@ -85,14 +93,18 @@ about {tokens:.0f} of them.
 The teacher is `testbed.video_oracle`, which sees the same frames. It writes what each clip shows and how that moves,
 then, for each thing that the prompt asks for, whether it holds, how much of the prompt holds in total, measures of
 quality, identity, smoothness and steadiness, how much of the motion that was asked for holds, and last the winner
-(`testbed/video_judge_trace.py`). Clips are {clips}renders for {config.rendered_prompts:,} random prompts x {siblings}, with errors and
-faults: frozen, jumping, changing, flickering, blurred (`testbed/video_judge_data.py`). No prompt tells of what a
-held-out one does. First it learns to describe one clip, then to compare two; the order is random, and pairs in which
-neither is better are left out. The weights' seed is {config.seed}.
+(`testbed/video_judge_trace.py`). Clips are {clips}renders
+for {config.rendered_prompts:,} random prompts x {siblings}, with errors and faults: frozen, jumping, changing, flickering, blurred (`testbed/video_judge_data.py`). No prompt tells of what a
+held-out one does. It begins with the weights of the judge of pictures, whose patches and places are interpolated and
+whose vectors for the words that both know are kept (`judge_model.extended`). First it learns to describe one clip, then
+to compare two; the order is random, and pairs in which neither is better are left out. The weights' seed is {config.seed}.
 
 | stage | seed | steps | batch | peak lr | minutes |
 |---|---|---|---|---|---|
 {stages}
+
+These weights were begun with 4,000 and 6,000 steps, cut to 1,600 at step 700 of the first stage and to 3,600 at step 800 of
+the second, whose last 2,800 steps had two threads instead of one.
 
 Rebuild with `python -m testbed.train_video_judge`, measure with `python -m testbed.measure_video_judge --card`. Training is
 bfloat16 autocast, so a rebuild gives like, not identical, weights.
@@ -107,7 +119,7 @@ vLLM in float32 on a CPU. `clear`: their alignment differs by {clear:g} or more.
 |---|---|---|---|---|---|---|---|---|
 {rows}
 
-By category, where the two clips differ in it:
+By category, where the two clips differ in it by {near:g} or more:
 
 | clips | alignment | quality | aesthetics |
 |---|---|---|---|
@@ -122,8 +134,13 @@ Apache-2.0.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=OUTPUT)
-    parser.add_argument("--card", action="store_true", help="also write README.md and measured.json")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--card", action="store_true", help="also write README.md and measured.json")
+    what.add_argument("--readme", action="store_true", help="measure nothing, write README.md from measured.json")
     options = parser.parse_args()
+    if options.readme:
+        (options.folder / "README.md").write_text(card_of(options.folder))
+        return
     measured = measure(options.folder)
     print(json.dumps(measured, indent=1))
     if options.card:

@@ -221,8 +221,9 @@ def fit(
     batch_of: Callable[[int], Batch],
     winners: Sequence[int],
     stop_at: int | None = None,
+    origin: str = "",
 ) -> None:
-    """Trains, or resumes, a stage on the batches of its steps; `winners` are the tokens that decide."""
+    """Trains, or resumes, a stage on the batches of its steps; `winners` are the tokens that decide, `origin` as in `training.train`."""
     progress, features_of = Progress(winners), picture_features
     if config.compile:
         features_of = torch.compile(features_of, dynamic=False)
@@ -235,7 +236,7 @@ def fit(
         return nn.functional.cross_entropy(logits, batch.targets)
 
     course = Course(steps=stage.steps, peak_lr=stage.peak_lr, weight_decay=0.05)
-    training.train(config.build / f"{stage.name}.pt", model, loss_of, course, stop_at, progress.__str__)
+    training.train(config.build / f"{stage.name}.pt", model, loss_of, course, stop_at, progress.__str__, origin)
 
 
 def train_all(config: JudgeConfig) -> None:

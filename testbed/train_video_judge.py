@@ -1,14 +1,15 @@
-"""Trains the tiny judge of clips from nothing and saves it to `testbed/tiny_video_judge`.
+"""Extends the tiny judge of pictures to clips and saves the result to `testbed/tiny_video_judge`.
 
 `python -m testbed.train_video_judge` draws the clips, then trains what is missing: first to describe one clip, then to
-compare two in the Flex format, with the oracle as the teacher. It learns from renders and, where `testbed/tiny_wan` is
-there, from the tiny Wan's samples. Everything resumes from `testbed/.build`.
+compare two in the Flex format, with the oracle as the teacher. It begins with `testbed/tiny_judge`'s weights and learns from
+renders and, where `testbed/tiny_wan` is there, from the tiny Wan's samples. Everything resumes from `testbed/.build`.
 `--export` only saves the present weights. `--compile` takes some minutes and a C++ compiler, and makes steps faster.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,7 +21,8 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from testbed import video_judge_trace
 from testbed.judge_data import Draw, load_images
-from testbed.judge_model import CLIPS, new_model, reply_ids, request_ids, save, token_ids
+from testbed.judge_model import CLIPS, PICTURES, extended, new_model, reply_ids, request_ids, save, token_ids
+from testbed.train_judge import OUTPUT as PICTURES_JUDGE
 from testbed.train_judge import Batch, Example, JudgeConfig, Stage, collate, fit, present_model
 from testbed.video_judge_data import SEEN, ClipBank, ClipMaterial, draw_renders, training_texts
 
@@ -39,8 +41,8 @@ class VideoJudgeConfig(JudgeConfig):
 
 
 STAGES = (
-    Stage(name="video_judge_describe", pictures=1, seed=52, steps=4000, batch=48, peak_lr=2e-3),
-    Stage(name="video_judge_compare", pictures=2, seed=53, steps=6000, batch=32, peak_lr=1.5e-3),
+    Stage(name="video_judge_describe", pictures=1, seed=52, steps=1600, batch=48, peak_lr=2e-3),
+    Stage(name="video_judge_compare", pictures=2, seed=53, steps=3600, batch=32, peak_lr=1.5e-3),
 )
 
 
@@ -106,12 +108,17 @@ def train(
     """Trains, or resumes, a stage in place; its state is `<build>/<stage>.pt`."""
     drawn = material(config)
     winners = [token_ids(CLIPS)[piece] for piece in video_judge_trace.overall_winners()]
-    fit(model, stage, config, lambda step: make_batch(stage, drawn, step), winners, stop_at)
+    origin = digest(PICTURES_JUDGE / "model.safetensors") if stage == STAGES[0] else ""
+    fit(model, stage, config, lambda step: make_batch(stage, drawn, step), winners, stop_at, origin)
+
+
+def digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
 
 
 def train_all(config: VideoJudgeConfig) -> None:
-    """Both stages, each from where the one before ends."""
-    model = new_model(config.seed, CLIPS)
+    """Both stages, each from where the one before ends; the first from what the judge of pictures knows."""
+    model = extended(new_model(config.seed, CLIPS), CLIPS, PICTURES_JUDGE, PICTURES)
     for stage in STAGES:
         train(model, stage, config)
 

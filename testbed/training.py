@@ -44,6 +44,7 @@ def train(
     course: Course,
     stop_at: int | None = None,
     more: Callable[[], str] = str,
+    origin: str = "",
 ) -> Module:
     """Trains, or resumes from the checkpoint `path`; returns the average of the weights, or the model where there is none.
 
@@ -51,11 +52,12 @@ def train(
         loss_of: The loss of a step. It draws its batch from the step's number alone.
         stop_at: A step to stop at before the end.
         more: What a line of progress says beside the loss.
+        origin: The weights that it begins with, by a digest; "" for untrained ones.
 
     Raises:
-        ValueError: the checkpoint is of another course, whose learning rate would be gone on with.
+        ValueError: the checkpoint is of another course, whose learning rate would be gone on with, or of another origin.
     """
-    begun = asdict(replace(course, checkpoint_every=0))
+    begun = asdict(replace(course, checkpoint_every=0)) | ({"origin": origin} if origin else {})
     average = copy.deepcopy(model).requires_grad_(False) if course.ema else None
     optimizer = torch.optim.AdamW(
         model.parameters(), course.peak_lr, betas=course.betas, weight_decay=course.weight_decay, fused=True

@@ -15,8 +15,20 @@ from grpo_flex.metrics import read_metrics
 from grpo_flex.verdicts import FILE_NAME, read_verdicts
 
 HELDOUT = 4
-CUT_DOWN = ("steps=1", "prompts.per_step=2", "sampling.group_size=4", f"evaluation.versus_base={HELDOUT}")
+CUT_DOWN = (
+    "steps=1",
+    "prompts.per_step=2",
+    "sampling.group_size=4",
+    "optimizer.updates_per_rollout=2",
+    f"evaluation.versus_base={HELDOUT}",
+)
+JUDGE = ("judge.server.device=cpu", "judge.server.start_s=400")
+QUESTIONS = 2 * 3
+"""Half of the six pairs of each group."""
 pytestmark = pytest.mark.slow
+with_vllm = pytest.mark.skipif(
+    not Path(".venv-judge/bin/python").exists(), reason="needs the judge's environment: make setup-judge"
+)
 
 
 def train(recipe: str, folder: Path, *words: str) -> tuple[Path, list[dict[str, Any]]]:
@@ -31,25 +43,28 @@ def train(recipe: str, folder: Path, *words: str) -> tuple[Path, list[dict[str, 
     return folder / "cut", [dict(row) for row in read_metrics(folder / "cut")]
 
 
-@pytest.mark.skipif(
-    not Path(".venv-judge/bin/python").exists(), reason="needs the judge's environment: make setup-judge"
-)
+@with_vllm
 def test_a_tiny_flux_learns_from_the_tiny_judge_that_the_run_starts_in_vllm(tmp_path: Path) -> None:
-    judge = ("judge.server.device=cpu", "judge.server.start_s=400")
-    run_dir, (before, after) = train("shapes_image", tmp_path, *judge)
-    questions = 2 * 3  # half of the six pairs of each group
-    assert after["judge/verdicts"] == questions and after["judge/parse_rate"] == 1 and after["judge/masked_share"] == 0
+    run_dir, (before, after) = train("shapes_image", tmp_path, *JUDGE)
+    assert after["judge/verdicts"] == QUESTIONS and after["judge/parse_rate"] == 1 and after["judge/masked_share"] == 0
     assert 0 < before["heldout/oracle"] < 1 and 0 < after["heldout/oracle"] < 1 and 0 <= after["heldout/win_rate"] <= 1
     assert after["policy/grad_norm"] > 0
     asked = [*read_verdicts(run_dir / FILE_NAME)]
-    assert len(asked) == questions + HELDOUT and {entry.verdict.status for entry in asked} == {"ok"}
+    assert len(asked) == QUESTIONS + HELDOUT and {entry.verdict.status for entry in asked} == {"ok"}
     assert all(entry.verdict.dimensions.keys() >= {"alignment", "quality", "aesthetics"} for entry in asked)
     assert (run_dir / "judge_0.log").stat().st_size > 0
 
 
-def test_a_tiny_wan_learns_from_an_oracle_and_its_clips_are_shown(tmp_path: Path) -> None:
-    run_dir, (before, after) = train("shapes_video", tmp_path)
-    assert after["judge/verdicts"] == 2 * 6 and after["judge/parse_rate"] == 1
+@pytest.mark.parametrize(
+    ("recipe", "words", "questions"),
+    (pytest.param("shapes_video", JUDGE, QUESTIONS, marks=with_vllm), ("shapes_video_oracle", (), 2 * QUESTIONS)),
+    ids=("judge", "oracle"),
+)
+def test_a_tiny_wan_learns_and_its_clips_are_shown(
+    recipe: str, words: tuple[str, ...], questions: int, tmp_path: Path
+) -> None:
+    run_dir, (before, after) = train(recipe, tmp_path, *words)
+    assert after["judge/verdicts"] == questions and after["judge/parse_rate"] == 1 and after["judge/masked_share"] == 0
     for row in (before, after):
         assert {"heldout/oracle", "heldout/exact"} <= row.keys()
     assert after["policy/grad_norm"] > 0

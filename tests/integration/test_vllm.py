@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import shapes_image
+from experiments import shapes_image, shapes_video
 from grpo_flex.config import Judge
 from grpo_flex.endpoints import check_endpoints
 from grpo_flex.judge_figures import judge_metrics
@@ -34,8 +34,8 @@ from reward_server.families.generic import GenericPair
 from reward_server.families.think import Think
 from reward_server.presets import PRESETS
 from reward_server.serve import RunningJudge, VllmJudge, command
-from testbed import measure_judge
-from testbed.judge_data import SIBLINGS, Bank, draw_renders, heldout_texts
+from testbed import judge_data, measure_judge, video_judge_data
+from testbed.judge_data import SIBLINGS
 from tests.fake_vllm import living
 from tests.tiny_vlm import MAX_LENGTH, save_tiny_vlm, tokenizer
 
@@ -130,13 +130,25 @@ def run(*words: object, **named: object) -> tuple[list[list[Verdict]], dict[str,
     return verdicts, found  # pyright: ignore[reportReturnType]
 
 
-def test_the_tiny_judge_of_the_repository_is_mostly_right(tmp_path: Path) -> None:
-    """Served as the recipe serves it, on renders for held-out prompts; its card has .957 of the clear pairs."""
-    judge = shapes_image.config().judge
+@pytest.mark.parametrize(
+    ("recipe", "data", "bank", "clearly_right"),
+    (
+        (shapes_image, judge_data, judge_data.Bank, 0.85),
+        (shapes_video, video_judge_data, video_judge_data.ClipBank, 0.75),
+    ),
+    ids=("pictures", "clips"),
+)
+def test_the_tiny_judges_of_the_repository_are_mostly_right(
+    recipe: Any, data: Any, bank: type[judge_data.MediaBank[Any]], clearly_right: float, tmp_path: Path
+) -> None:
+    """Served as the recipes serve them, on renders for held-out prompts; their cards have .957 and .858 of the clear pairs."""
+    judge = recipe.config().judge
     assert judge is not None and isinstance(judge.server, VllmJudge) and isinstance(judge.family, Flex)
-    texts = heldout_texts()[:8]
-    drawn = draw_renders(np.random.default_rng(measure_judge.SEED), [text for text in texts for _ in range(SIBLINGS)])
-    pairs = measure_judge.all_pairs(Bank(texts=texts, images=drawn.reshape(len(texts), SIBLINGS, *drawn.shape[1:])))[
+    texts = data.heldout_texts()[:8]
+    drawn = data.draw_renders(
+        np.random.default_rng(measure_judge.SEED), [text for text in texts for _ in range(SIBLINGS)]
+    )
+    pairs = measure_judge.all_pairs(bank(texts=texts, images=drawn.reshape(len(texts), SIBLINGS, *drawn.shape[1:])))[
         :40
     ]
     with replace(judge.server, device="cpu", ray_address="none", start_s=400.0).start(tmp_path) as running:

@@ -88,7 +88,7 @@ def test_the_published_table_is_what_was_measured_and_the_default_recipe_is_its_
     for page in ("README.md", "experiments/LOG.md"):
         assert bench.table(found) in Path(page).read_text(encoding="utf-8"), page
     winner = bench.configuration(next(iter(found)), 0, [])
-    for recipe in ("shapes_image", "shapes_image_oracle", "shapes_video"):
+    for recipe in ("shapes_image", "shapes_image_oracle", "shapes_video", "shapes_video_oracle"):
         made = load_experiment(f"experiments/{recipe}.py")
         assert type(made.objective) is type(winner.objective)
         assert made.sampling.dynamics == winner.sampling.dynamics and made.sampling.solver == winner.sampling.solver

@@ -17,14 +17,15 @@ from reward_server.families.flex import Flex, parse
 from testbed import clips as world
 from testbed import judge_model, train_judge, train_video_judge, video_judge_data, video_judge_trace
 from testbed.judge_data import SIBLINGS, Pair
-from testbed.judge_model import CLIPS, new_model, new_tokenizer, reply_ids, request_ids, token_ids
+from testbed.judge_model import CLIPS, PICTURES, extended, new_model, new_tokenizer, reply_ids, request_ids, token_ids
 from testbed.judge_trace import winner_of
 from testbed.measure_judge import ask, summary
+from testbed.measure_video_judge import card_of
 from testbed.oracle_judge import OracleJudge
 from testbed.oracle_replies import Judging
 from testbed.preference import frame_times
 from testbed.scenes import load_prompts
-from testbed.train_video_judge import STAGES, VideoJudgeConfig, make_batch, material
+from testbed.train_video_judge import OUTPUT, PICTURES_JUDGE, STAGES, VideoJudgeConfig, make_batch, material
 from testbed.video_judge_data import SEEN, ClipBank, ClipMaterial, draw_renders
 from testbed.video_judge_trace import JudgedClip
 from testbed.video_oracle import read_clip, score
@@ -223,7 +224,82 @@ def test_a_steps_batch_is_the_same_again(stage: train_judge.Stage, drawn: ClipMa
     assert len(one.pixels) == stage.batch * stage.pictures * CLIPS.pictures
 
 
+def test_training_begins_with_what_the_judge_of_pictures_knows() -> None:
+    before = Qwen3VLForConditionalGeneration.from_pretrained(PICTURES_JUDGE, dtype=torch.float32)
+    untrained, begun = new_model(3, CLIPS), extended(new_model(3, CLIPS), CLIPS, PICTURES_JUDGE, PICTURES)
+    weights = [model.state_dict() for model in (before, begun, untrained)]
+    layer = "model.language_model.layers.2.mlp.up_proj.weight"
+    assert torch.equal(weights[1][layer], weights[0][layer])
+    words = [one["model.language_model.embed_tokens.weight"] for one in weights]
+    old, new = token_ids(PICTURES), token_ids(CLIPS)
+    assert torch.equal(words[1][new[" red"]], words[0][old[" red"]])
+    assert torch.equal(words[1][new[" going astray"]], words[2][new[" going astray"]])
+
+
+def ramp(side: int, axis: int) -> torch.Tensor:
+    """[side, side], rising along one axis from -1 to 1."""
+    line = torch.linspace(-1, 1, side)
+    return (line[:, None] if axis == 0 else line).expand(side, side)
+
+
+@pytest.mark.parametrize("axis", (0, 1))
+def test_places_and_filters_keep_their_sense_in_another_size(axis: int, tmp_path: Path) -> None:
+    """A ramp over a picture's places, and one over a filter's pixels, stay ramps along the same axis."""
+    before = new_model(0)
+    visual = before.model.visual
+    with torch.no_grad():
+        visual.pos_embed.weight.copy_(ramp(PICTURES.grid, axis).reshape(-1, 1).expand_as(visual.pos_embed.weight))
+        visual.patch_embed.proj.weight.copy_(ramp(PICTURES.patch, axis).expand_as(visual.patch_embed.proj.weight))
+    before.save_pretrained(tmp_path)
+    visual = extended(new_model(1, CLIPS), CLIPS, tmp_path, PICTURES).model.visual
+    places = visual.pos_embed.weight[:, 0].reshape(CLIPS.grid, CLIPS.grid)
+    kernel = visual.patch_embed.proj.weight[0, 0, 0] * (CLIPS.patch / PICTURES.patch) ** 2
+    for found in (places, kernel):
+        assert found.diff(dim=axis).min() > 0.05 and found.diff(dim=1 - axis).abs().max() < 1e-6
+        assert found.mean().abs() < 1e-6 and 0.7 < found.max() <= 1
+
+
+def test_a_filter_answers_as_strongly_in_another_size() -> None:
+    before = Qwen3VLForConditionalGeneration.from_pretrained(PICTURES_JUDGE, dtype=torch.float32)
+    begun = extended(new_model(3, CLIPS), CLIPS, PICTURES_JUDGE, PICTURES)
+    plain = torch.full((1, 3, 2), 0.7)
+    answers = [
+        model.model.visual.patch_embed(plain[..., None, None].expand(1, 3, 2, side, side).flatten(1))
+        for model, side in ((before, PICTURES.patch), (begun, CLIPS.patch))
+    ]
+    torch.testing.assert_close(*answers)
+
+
+def test_the_saved_judge_is_small_and_knows_every_piece() -> None:
+    assert sum(path.stat().st_size for path in OUTPUT.rglob("*") if path.is_file()) <= 12e6
+    words, ids = AutoTokenizer.from_pretrained(OUTPUT), token_ids(CLIPS)
+    known = {piece: words.encode(piece, add_special_tokens=False) for piece in video_judge_trace.vocabulary()}
+    assert known == {piece: [ids[piece]] for piece in known}
+    assert all((OUTPUT / name).read_text() == wording for name, wording in CLIPS.wordings.items())
+
+
+def test_the_saved_card_says_what_was_measured_and_how_the_judge_was_trained() -> None:
+    text = (OUTPUT / "README.md").read_text()
+    assert text == card_of()  # else: python -m testbed.measure_video_judge --readme
+    assert "cut to 1,600 at step 700" in text
+
+
+def test_training_does_not_go_on_from_another_judge_of_pictures(
+    drawn: ClipMaterial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_video_judge, "material", lambda config: drawn)
+    config, model = VideoJudgeConfig(build=tmp_path), new_model(0, CLIPS)
+    train_video_judge.train(model, STAGES[0], config, stop_at=1)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "model.safetensors").write_bytes(b"other weights")
+    monkeypatch.setattr(train_video_judge, "PICTURES_JUDGE", other)
+    with pytest.raises(ValueError, match=r"begun otherwise \(origin was"):
+        train_video_judge.train(model, STAGES[0], config, stop_at=2)
+
+
 def test_the_teacher_itself_is_measured_as_never_wrong(pairs: list[Pair[JudgedClip]], tmp_path: Path) -> None:
     with OracleJudge(style="trace").start(tmp_path) as server:
-        found = summary(ask(Endpoint(url=server.endpoints[0]), Flex(medium="video"), pairs[:4]))
-    assert (found["pairs"], found["parsed"], found["accuracy"], found["consistent"]) == (4, 1, 1, 1)
+        found = summary(ask(Endpoint(url=server.endpoints[0]), Flex(medium="video"), pairs[:16]))
+    assert (found["pairs"], found["parsed"], found["accuracy"], found["consistent"]) == (16, 1, 1, 1)
+    assert found["by_category"] == {"alignment": 1, "quality": 1, "aesthetics": 1}
