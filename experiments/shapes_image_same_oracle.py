@@ -1,8 +1,7 @@
 """`shapes_image.py` with the oracle in place of the tiny judge and nothing else changed: what that judge's mistakes cost.
 
 `shapes_image_oracle.py` is a recipe of its own, with twice as many siblings, all pairs rated by win rates, more steps of half as
-many updates, and a pull to the base. For a judge that
-tosses a coin in a fifth of its verdicts: judge.server.noise=0.2.
+many updates, and a pull to the base. For a judge that tosses a coin in a fifth of its verdicts: judge.server.noise=0.2.
 """
 
 from dataclasses import replace
