@@ -1,6 +1,6 @@
 """Keeps a server and all that it starts from outliving whoever asked for it.
 
-`python keeper.py PARENT COMMAND…` runs COMMAND in a session of its own and ends it, with every process below it,
+`python keeper.py PARENT GRACE_S COMMAND…` runs COMMAND in a session of its own and ends it, with every process below it,
 when it is told to (SIGTERM, SIGINT), when the process PARENT is gone in whatever way, or when COMMAND ends by
 itself. Needs nothing but the standard library, so any Python runs it. ``Kept`` is the other end.
 """
@@ -37,7 +37,7 @@ class Kept:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as file:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", __file__, str(os.getpid()), *command],
+                [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(GRACE_S), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -71,7 +71,7 @@ class Kept:
 # ---------------------------------------------------------------- the keeper's own process
 
 
-def keep(parent: int, command: Sequence[str]) -> int:
+def keep(parent: int, grace_s: float, command: Sequence[str]) -> int:
     """Runs ``command`` until it ends, a signal comes, or ``parent`` is no longer this process's parent."""
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -85,7 +85,7 @@ def keep(parent: int, command: Sequence[str]) -> int:
     )
     while server.poll() is None and not asked and os.getppid() == parent:
         time.sleep(POLL_S)
-    _end(server)
+    _end(server, grace_s)
     status = server.returncode
     return 0 if asked else status if status >= 0 else 128 - status
 
@@ -97,11 +97,11 @@ def _prctl():
     return ctypes.CDLL(None).prctl
 
 
-def _end(server: subprocess.Popen[bytes]) -> None:
+def _end(server: subprocess.Popen[bytes], grace_s: float) -> None:
     """Asks the server to end, then kills what is left of its group and of its descendants."""
     server.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
-        server.wait(GRACE_S)
+        server.wait(grace_s)
     with contextlib.suppress(ProcessLookupError, PermissionError):  # nothing is left of the group
         os.killpg(server.pid, signal.SIGKILL)
     server.wait()
@@ -127,4 +127,4 @@ def _children() -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(keep(int(sys.argv[1]), sys.argv[2:]))
+    sys.exit(keep(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]))

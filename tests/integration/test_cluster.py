@@ -137,7 +137,7 @@ def test_what_a_node_takes_along_is_made_again(raylets: Raylets) -> None:
 def test_sampling_ahead_is_stale_by_so_much_and_a_resume_equals_the_run_never_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a cluster and stopped, and in one process and never stopped."""
+    """On a cluster, stopped and gone on with in one process, and in one process and never stopped."""
     config = scored(tmp_path, steps=STEPS)
     config = replace(config, sampling=replace(config.sampling, lookahead=1))
     process = start_training(file := experiment_file(config, tmp_path))
@@ -145,10 +145,9 @@ def test_sampling_ahead_is_stale_by_so_much_and_a_resume_equals_the_run_never_st
     wait_for(lambda: len(rows(stopped)) >= 2, process)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=300)
+    in_one_process(monkeypatch, StandInJudge(lambda _: 0))
     if process.returncode == RESUME_ME:  # it may have been at its last step
         assert main(["train", "--resume", str(stopped)]) == 0
-
-    in_one_process(monkeypatch, StandInJudge(lambda _: 0))
     assert main(["train", file]) == 0
     straight = tmp_path / "runs" / "tiny-2"
     assert [row["policy/staleness"] for row in read_metrics(straight)[1:]] == [0, 1, 1, 1]

@@ -23,7 +23,7 @@ from tests.integration.processes import descendants, experiment_file, rows, star
 STEPS = 6
 SLOW = OracleJudge(latency_s=0.5)
 """Slow enough that a kill finds questions under way."""
-AWAY_S = 10.0
+AWAY_S = 5.0
 
 
 def with_judge(folder: Path, steps: int = STEPS, workers: int = 1, **changes: Any) -> RunConfig:
@@ -73,7 +73,7 @@ def test_an_external_judge_that_is_killed_and_comes_back_costs_no_step(tmp_path:
 
 
 def test_what_the_run_has_started_comes_back_by_itself_a_limited_number_of_times(tmp_path: Path) -> None:
-    """The judge and a worker are killed, then the learner, then the judge once more than it may be."""
+    """The judge and a worker are killed, then the judge once more than it may be."""
     config = with_judge(tmp_path, steps=60, workers=2, server=SLOW, restarts=1)
     process = start_training(experiment_file(config, tmp_path))
     run_dir = tmp_path / "runs" / "tiny"
@@ -81,17 +81,12 @@ def test_what_the_run_has_started_comes_back_by_itself_a_limited_number_of_times
     kill(process, "testbed.oracle_judge")
     kill(process, "ray::RolloutActor")
     wait_for(lambda: total(run_dir, "judge/restarts") == 1, process)
-    kill(process, "ray::LearnerActor")
-    after = len(rows(run_dir)) + 3
-    wait_for(lambda: len(rows(run_dir)) >= after and restarted(run_dir, "learner"), process)
     wait_for(lambda: restarted(run_dir, "rollout-0") + restarted(run_dir, "rollout-1") == 1, process)
-    state = json.loads((run_dir / "status.json").read_text())
-    assert [what.split(",")[0] for what in state["judge"].values()] == ["healthy"]
+    wait_for(lambda: [what.split(",")[0] for what in state(run_dir)["judge"].values()] == ["healthy"], process)
     kill(process, "testbed.oracle_judge")
     out, _ = process.communicate(timeout=300)
     assert process.returncode == RESUME_ME, out
     assert "the judge's process has ended; starting it again" in out
-    assert "a learner died; starting again from the last completed step" in out
     assert "has ended once more, after 1 restarts (judge.restarts=1); see its log in" in out
     check_complete(run_dir, checkpoint.load(run_dir)[0])
     assert total(run_dir, "judge/restarts") == 1 and total(run_dir, "judge/masked_share") == 0
@@ -102,7 +97,11 @@ def kill(process: subprocess.Popen[str], words: str) -> None:
 
 
 def restarted(run_dir: Path, name: str) -> bool:
-    return json.loads((run_dir / "status.json").read_text())["workers"][name] == "alive, restarted once"
+    return state(run_dir)["workers"][name] == "alive, restarted once"
+
+
+def state(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "status.json").read_text())
 
 
 def test_sigterm_to_every_worker_too_loses_no_completed_step(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Real vLLM on the CPU, started as a run starts its judge, asked by the trainer's own client.
 
-The model is random, so its verdicts mean nothing; that they have the form which was asked for does. The tiny judge of the
-repository comes first, in a server of its own.
+The model is random, so its verdicts mean nothing; that they have the form which was asked for does. The tiny judges of
+the repository are in `test_main_jobs.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import shapes_image, shapes_video
 from grpo_flex.config import Judge
 from grpo_flex.endpoints import check_endpoints
 from grpo_flex.judge_figures import judge_metrics
@@ -27,15 +25,12 @@ from grpo_flex.judging import JudgeClient
 from grpo_flex.pairing import RoundRobin
 from grpo_flex.types import Prompt, Verdict
 from reward_server.__main__ import main
-from reward_server.asking import Endpoint
 from reward_server.families.base import Family, Medium
 from reward_server.families.flex import Flex
 from reward_server.families.generic import GenericPair
 from reward_server.families.think import Think
 from reward_server.presets import PRESETS
 from reward_server.serve import RunningJudge, VllmJudge, command
-from testbed import judge_data, measure_judge, video_judge_data
-from testbed.judge_data import SIBLINGS
 from tests.fake_vllm import living
 from tests.tiny_vlm import MAX_LENGTH, save_tiny_vlm, tokenizer
 
@@ -128,34 +123,6 @@ def run(*words: object, **named: object) -> tuple[list[list[Verdict]], dict[str,
     found = asyncio.run(ask(*words, **named))  # pyright: ignore[reportArgumentType]
     verdicts: list[list[Verdict]] = found.pop("verdicts")  # pyright: ignore[reportAssignmentType]
     return verdicts, found  # pyright: ignore[reportReturnType]
-
-
-@pytest.mark.parametrize(
-    ("recipe", "data", "bank", "clearly_right"),
-    (
-        (shapes_image, judge_data, judge_data.Bank, 0.85),
-        (shapes_video, video_judge_data, video_judge_data.ClipBank, 0.75),
-    ),
-    ids=("pictures", "clips"),
-)
-def test_the_tiny_judges_of_the_repository_are_mostly_right(
-    recipe: Any, data: Any, bank: type[judge_data.MediaBank[Any]], clearly_right: float, tmp_path: Path
-) -> None:
-    """Served as the recipes serve them, on renders for held-out prompts; their cards have .957 and .858 of the clear pairs."""
-    judge = recipe.config().judge
-    assert judge is not None and isinstance(judge.server, VllmJudge) and isinstance(judge.family, Flex)
-    texts = data.heldout_texts()[:8]
-    drawn = data.draw_renders(
-        np.random.default_rng(measure_judge.SEED), [text for text in texts for _ in range(SIBLINGS)]
-    )
-    pairs = measure_judge.all_pairs(bank(texts=texts, images=drawn.reshape(len(texts), SIBLINGS, *drawn.shape[1:])))[
-        :40
-    ]
-    with replace(judge.server, device="cpu", ray_address="none", start_s=400.0).start(tmp_path) as running:
-        endpoint = Endpoint(url=running.endpoints[0], max_tokens=judge.max_tokens, concurrency=judge.concurrency)
-        found = measure_judge.summary(measure_judge.ask(endpoint, judge.family, pairs))
-    assert (found["pairs"], found["parsed"]) == (40, 1.0) and found["clear_pairs"] >= 25
-    assert found["accuracy_clear"] >= 0.85
 
 
 def test_two_groups_at_once_obey_the_schema(server: RunningJudge, tmp_path: Path) -> None:

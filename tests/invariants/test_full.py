@@ -212,7 +212,7 @@ def test_two_learners_with_a_half_of_the_weights_each_equal_one(tmp_path: Path) 
         made = several(whole(tiny_config(tmp_path)), 0.01, **placement)
         return replace(made, sampling=replace(made.sampling, steps=3))
 
-    one, (first, second) = trained(config(learners=1)), both(config(learners=2, shard_base=True), tmp_path)
+    one, ((first, second),) = trained(config(learners=1)), both([config(learners=2, shard_base=True)], tmp_path)
     assert first["stored"] + second["stored"] == one["stored"] and first["stored"] < 0.6 * one["stored"]
     assert not second["state"]["adapter"]  # rank 0 alone has the whole
     for part in ("adapter", "average"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,23 +64,39 @@ def trained(config: RunConfig, ranks: Ranks | None = None) -> dict[str, Any]:
     return {"metrics": metrics, "after": after, "shares": shares, "stored": stored, "state": learner.state()}
 
 
-def _rank(rank: int, address: str, config: RunConfig, folder: str) -> None:
+def _rank(rank: int, address: str, configs: Sequence[RunConfig], folder: str) -> None:
     torch.set_num_threads(1)
     ranks = Ranks(rank, 2)
     ranks.join(address, 60.0)
-    torch.save(trained(config, ranks), Path(folder) / f"{rank}.pt")
+    torch.save([trained(config, ranks) for config in configs], Path(folder) / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def both(config: RunConfig, folder: Path) -> list[dict[str, Any]]:
-    mp.spawn(_rank, (f"127.0.0.1:{free_ports('127.0.0.1', 0, 1)}", config, str(folder)), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+def both(configs: Sequence[RunConfig], folder: Path) -> list[list[dict[str, Any]]]:
+    """What the two ranks have come to, for each configuration; one pair of processes, whose start is what takes time."""
+    mp.spawn(_rank, (f"127.0.0.1:{free_ports('127.0.0.1', 0, 1)}", configs, str(folder)), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    return [list(pair) for pair in zip(*ranks, strict=True)]
 
 
-@pytest.mark.parametrize(("kl_beta", "shard"), [(0.0, False), (0.01, False), (0.01, True)])
-def test_two_learners_equal_one(tmp_path: Path, kl_beta: float, shard: bool) -> None:
-    config = several(tiny_config(tmp_path), kl_beta, learners=2, shard_base=shard)
-    one, (first, second) = trained(several(config, kl_beta, learners=1, shard_base=False)), both(config, tmp_path)
+CASES = ((0.0, False), (0.01, False), (0.01, True))
+"""(pull to the base, whether the base is sharded)."""
+
+
+@pytest.fixture(scope="module")
+def of_two(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[tuple[float, bool], tuple[RunConfig, list[dict[str, Any]]]]:
+    """For each case its configuration and what the two ranks have come to."""
+    folder = tmp_path_factory.mktemp("ranks")
+    configs = [several(tiny_config(folder), kl_beta, learners=2, shard_base=shard) for kl_beta, shard in CASES]
+    return dict(zip(CASES, zip(configs, both(configs, folder), strict=True), strict=True))
+
+
+@pytest.mark.parametrize(("kl_beta", "shard"), CASES)
+def test_two_learners_equal_one(of_two: dict[Any, Any], kl_beta: float, shard: bool) -> None:
+    config, (first, second) = of_two[kl_beta, shard]
+    one = trained(several(config, kl_beta, learners=1, shard_base=False))
     for step in range(STEPS):
         # Bit for bit the same adapter on all ranks after each step …
         assert all(map(torch.equal, first["after"][step], second["after"][step]))

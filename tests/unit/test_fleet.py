@@ -67,7 +67,7 @@ def lost_with_its_node() -> Any:
 def fleet_of(names: list[str], fates: dict[int, str], folder: Path, **options: Any) -> tuple[Fleet, list[str]]:
     said: list[str] = []
     actor: Any = ray.remote(_Doubler)
-    settings: dict[str, Any] = {"timeout_s": 15.0, "restarts": 1, "say": said.append} | options
+    settings: dict[str, Any] = {"timeout_s": 5.0, "restarts": 1, "say": said.append} | options
     fleet = Fleet(lambda name, lost: actor.options(num_cpus=0).remote(name, fates, str(folder)), names, **settings)
     fleet.wait_until_ready()
     return fleet, said
@@ -206,7 +206,7 @@ def group_of(fate: str, folder: Path, restarts: int = 1) -> tuple[LearnerGroup, 
     said: list[str] = []
     actor: Any = ray.remote(_Adder)
     start = lambda rank: actor.options(num_cpus=0).remote(rank, fate, 6, str(folder))  # noqa: E731
-    group = LearnerGroup(start, 2, restarts=restarts, timeout_s=15.0, say=said.append)
+    group = LearnerGroup(start, 2, restarts=restarts, timeout_s=5.0, say=said.append)
     group.meet()
     return group, said
 

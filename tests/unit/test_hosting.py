@@ -19,7 +19,7 @@ from grpo_flex.config import Judge
 from grpo_flex.config_file import from_json, to_json
 from grpo_flex.judge_server import gpus_of
 from grpo_flex.pairing import RoundRobin
-from reward_server import machine
+from reward_server import keeper, machine
 from reward_server.__main__ import main
 from reward_server.ask import FAMILIES
 from reward_server.families.flex import Flex
@@ -253,7 +253,8 @@ def test_a_server_that_never_answers_is_given_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_that_will_not_end_is_killed(tmp_path: Path) -> None:
+def test_a_server_that_will_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeper, "GRACE_S", 1.0)
     fake_judge(tmp_path, "stubborn").start(tmp_path / "logs").stop()
     assert pids(tmp_path) and living(pids(tmp_path)) == []
 
@@ -268,11 +269,11 @@ def test_a_killed_process_takes_the_server_along(tmp_path: Path, victim: str) ->
     given = json.dumps({"model": settings.model, "python": settings.python, "device": "cpu", "ray_address": "none"})
     parent = subprocess.Popen([sys.executable, "-c", code, given, str(tmp_path / "logs")], stdout=subprocess.PIPE)
     assert parent.stdout is not None
-    keeper = int(parent.stdout.readline())
+    keeper_pid = int(parent.stdout.readline())
     known = pids(tmp_path)
-    os.kill(parent.pid if victim == "parent" else keeper, signal.SIGKILL)
+    os.kill(parent.pid if victim == "parent" else keeper_pid, signal.SIGKILL)
     # Whoever kills the keeper leaves nobody to look for hidden helpers; the server itself ends.
-    assert living([keeper, *known] if victim == "parent" else known[:1], 10) == []
+    assert living([keeper_pid, *known] if victim == "parent" else known[:1], 10) == []
     parent.kill()
     parent.wait()
     parent.stdout.close()
