@@ -78,7 +78,7 @@ def is_copy(where: str) -> bool:
 
 
 def record(run_dir: Path) -> dict[str, Any]:
-    """{"run", "url", "step"} of the last complete copy; step is 0 before it, all is empty without a mirror."""
+    """{"run", "url", "step", "number"} of the last complete copy; number is 0 before it, all is empty without a mirror."""
     try:
         return dict(json.loads((run_dir / RECORD).read_text()))
     except (OSError, ValueError, TypeError):
@@ -252,7 +252,7 @@ def newest_step(run_dir: Path) -> int:
 
 def write_record(run_dir: Path, manifest: Manifest, url: str) -> None:
     half = run_dir / f"{RECORD}.part"
-    half.write_text(json.dumps({"run": manifest.run, "url": url, "step": manifest.step}))
+    half.write_text(json.dumps({"run": manifest.run, "url": url, "step": manifest.step, "number": manifest.number}))
     half.replace(run_dir / RECORD)
 
 

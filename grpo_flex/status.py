@@ -182,9 +182,8 @@ def _mirror_lines(run_dir: Path) -> list[tuple[str, str]]:
 
     if not (known := record(run_dir)):
         return []
-    return [
-        ("mirror", f"{known['url']}, of step {known['step']}" if known["step"] else f"nothing at {known['url']} yet")
-    ]
+    there = known.get("number", known["step"])  # written by an earlier version: without the number
+    return [("mirror", f"{known['url']}, of step {known['step']}" if there else f"nothing at {known['url']} yet")]
 
 
 def _pace_lines(recent: list[Row]) -> list[tuple[str, str]]:

@@ -59,17 +59,21 @@ def test_a_complete_run_leaves_what_it_promises(straight: Path) -> None:
     assert checkpoint.best(run_dir) == run_dir / "checkpoints" / f"step_{best:06d}"
 
 
-def test_a_run_that_is_stopped_twice_and_resumed_equals_the_run_never_stopped(straight: Path, tmp_path: Path) -> None:
-    """By SIGTERM in its first step, and by Ctrl-C in a later one."""
-    config = tiny_config(tmp_path, steps=4)
-    process = start_training(experiment(tmp_path, steps=4, checkpoint=replace(config.checkpoint, every=1000)))
-    run_dir = tmp_path / "runs" / "tiny"
+def test_a_run_that_is_stopped_twice_and_brought_back_from_its_mirror_equals_the_run_never_stopped(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By SIGTERM in its first step, after which its node is gone, and by Ctrl-C in a later one; with fewer workers."""
+    mirror, run_dir = f"file://{tmp_path}/mirror", tmp_path / "runs" / "tiny"
+    rarely = replace(tiny_config(tmp_path).checkpoint, every=1000, mirror=mirror)
+    process = start_training(experiment(tmp_path, steps=4, checkpoint=rarely))
     wait_for(lambda: run_dir.is_dir() and len(rows(run_dir)) >= 1, process)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == RESUME_ME, out
+    assert f"{mirror}/tiny, of step {len(rows(run_dir)) - 1}" in out
+    shutil.rmtree(run_dir)
 
-    process = start_training("--resume", str(run_dir))
+    process = start_training("--resume", f"{mirror}/tiny")
     wait_for(lambda: len(rows(run_dir)) >= 2, process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole process group
     out, _ = process.communicate(timeout=120)
@@ -78,18 +82,6 @@ def test_a_run_that_is_stopped_twice_and_resumed_equals_the_run_never_stopped(st
     assert "--resume" in out and checkpoint.load(run_dir)[0] == done < 4
     # Overrides may stand behind --resume, as `make … RESUME=… ARGS=…` writes them.
     assert main(["train", "exp.py", "--resume", str(run_dir)]) == 0
-    assert numbers(run_dir) == numbers(straight / "runs" / "tiny")
-
-
-def test_a_run_brought_back_from_its_mirror_equals_the_run_never_stopped_also_with_fewer_workers(
-    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    mirror, run_dir = f"file://{tmp_path}/mirror", tmp_path / "runs" / "tiny"
-    file = experiment(tmp_path, steps=2)
-    assert main(["train", file, f"checkpoint.mirror={mirror}"]) == 0
-    assert f"{mirror}/tiny, of step 2" in capsys.readouterr().out
-    shutil.rmtree(run_dir)  # the node is gone
-    assert main(["train", "--resume", f"{mirror}/tiny", "steps=4"]) == 0
     assert f"{mirror}/tiny, of step 4" in capsys.readouterr().out
     assert numbers(run_dir) == numbers(straight / "runs" / "tiny")
     assert [e.step for e in read_verdicts(run_dir / FILE_NAME)] == [
