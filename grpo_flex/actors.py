@@ -293,6 +293,8 @@ class JudgeActor(Scribe):
     """The judge client in an event loop of its own: one connection pool for the whole run."""
 
     def __init__(self, verdict_path: str, judge: Judge, endpoints: tuple[str, ...]) -> None:
+        import torch  # noqa: F401  # a second: groups hold tensors, and the first one would wait for it
+
         self.client = JudgeClient(judge, verdict_path, endpoints)
         self.log = self.client.log
 
