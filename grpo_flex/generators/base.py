@@ -142,7 +142,9 @@ def folder_problems(
 
 
 def check_weights(model: str, parts: Sequence[str]) -> None:
-    """Refuse a folder that lacks some of its weights' files, as a download that was broken off leaves it.
+    """Refuse a folder that lacks some of its weights' files or whose files are cut off, as a broken download leaves it.
+
+    Of the files only the headers are read.
 
     Args:
         model: a Hub id, or a folder that ``folder_problems`` has nothing against.
@@ -157,6 +159,12 @@ def check_weights(model: str, parts: Sequence[str]) -> None:
                 f"generator.model is {model!r}, whose {part} has no weights, or not all that its index names: complete the "
                 f"download, e.g. hf download OWNER/NAME --local-dir {model}"
             )
+        for file in sorted((Path(model) / part).glob("*.safetensors")):
+            for complaint in _damage(file):
+                raise ValueError(
+                    f"generator.model is {model!r}, whose {part}/{file.name} is damaged or was cut off ({complaint}): delete "
+                    f"the file and download it again, e.g. hf download OWNER/NAME --local-dir {model}"
+                )
 
 
 def _has_weights(folder: Path) -> bool:
@@ -167,6 +175,17 @@ def _has_weights(folder: Path) -> bool:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
     return any(there.issuperset(files) for files in indexed) or any("-of-" not in name for name in there)
+
+
+def _damage(file: Path) -> Iterator[str]:
+    """What the header of a safetensors file, which tells every tensor's place in it, has against the rest."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        yield str(error)
 
 
 def load_pipeline(pipeline: str, model: str, **options: Any) -> Any:
