@@ -19,6 +19,7 @@ from grpo_flex.config_file import load_experiment
 from grpo_flex.metrics import read_metrics
 from grpo_flex.verdicts import FILE_NAME, read_verdicts
 from reward_server.asking import Endpoint
+from reward_server.families.base import ChatFamily
 from reward_server.serve import RunningJudge, VllmJudge
 from testbed import judge_data, measure_judge, video_judge_data
 from testbed.judge_data import SIBLINGS
@@ -95,6 +96,7 @@ def test_a_tiny_wan_learns_and_its_clips_are_shown(clip_judge: RunningJudge, tmp
 def clearly_right(config: RunConfig, data: Any, bank: type[judge_data.MediaBank[Any]], running: RunningJudge) -> float:
     """The share of right verdicts where the oracle's margin is clear, on renders for held-out prompts; all are read."""
     judge = judge_of(config)
+    assert isinstance(judge.family, ChatFamily)
     texts = data.heldout_texts()[:8]
     drawn = data.draw_renders(
         np.random.default_rng(measure_judge.SEED), [text for text in texts for _ in range(SIBLINGS)]

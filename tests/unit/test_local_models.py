@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import save_file
 
 from grpo_flex.__main__ import main
 
@@ -80,7 +81,7 @@ def test_what_a_folder_lacks_is_said(
 def test_an_index_with_all_its_files_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree("testbed/tiny_flux", tmp_path / "model")
     half_loaded(tmp_path / "model")
-    (tmp_path / "model" / "transformer" / "a-00002-of-00002.safetensors").touch()
+    save_file({}, tmp_path / "model" / "transformer" / "a-00002-of-00002.safetensors")
     assert main(["train", EXPERIMENT, "--model", str(tmp_path / "model"), "--dry-run"]) == 0
     assert "Valid; nothing was started" in capsys.readouterr().out
 
