@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from urllib.parse import urlsplit
 
 from grpo_flex.config_rules import rules_between_parts
 from grpo_flex.dynamics import Ode
@@ -292,8 +293,17 @@ class Judge:
         if self.server is not None and self.endpoints:
             yield "endpoints", "is set together with judge.server: choose one"
         for url in self.endpoints:
-            if not url.startswith(("http://", "https://")):
+            if "@" in url:
+                yield (
+                    "endpoints",
+                    _secret(f"set the variable {self.api_key_env} (judge.api_key_env) to the judge's key"),
+                )
+            elif not _is_url(url):
                 yield "endpoints", f"holds {url!r}; each needs to be a URL such as http://127.0.0.1:8000/v1"
+        if not self.model:
+            yield "model", "is empty; it needs to be the name under which the endpoints serve the judge"
+        if not 0 <= self.temperature <= 2:
+            yield "temperature", f"is {self.temperature}; it needs to be 0 (always the same reply) … 2"
         for name in ("concurrency", "max_tokens", "breaker_failures"):
             if getattr(self, name) < 1:
                 yield name, f"is {getattr(self, name)}; it needs at least 1"
@@ -448,7 +458,9 @@ class Checkpoint:
         for name in ("every", "keep"):
             if getattr(self, name) < 1:
                 yield name, f"is {getattr(self, name)}; it needs at least 1"
-        if self.mirror:
+        if "@" in self.mirror.partition("://")[2].partition("/")[0]:
+            yield "mirror", _secret("fsspec takes credentials from the storage's own variables and files")
+        elif self.mirror:
             from grpo_flex.copied_run import problem
 
             yield from (("mirror", complaint) for complaint in problem(self.mirror))
@@ -580,3 +592,15 @@ def _parts_of(name: str, value: Any) -> list[tuple[str, Any]]:
     """A field's own parts with their dotted names: the value itself, or the parts in a tuple."""
     found = {name: value} if not isinstance(value, tuple) else {f"{name}.{i}": v for i, v in enumerate(value)}
     return [(path, inner) for path, inner in found.items() if is_part(inner)]
+
+
+def _secret(instead: str) -> str:
+    return f"holds a name or a password before an @, which would be written to config.json and W&B: leave it out; {instead}"
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # half a bracket, a port that is no number
+        return False

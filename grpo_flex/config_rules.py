@@ -6,7 +6,9 @@ Part of ``RunConfig.problems``: each function yields ``(field, complaint)``.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from grpo_flex.rewards import BradleyTerry, Consistent, Several, WinRate
 
 if TYPE_CHECKING:
     from grpo_flex.config import Problem, RunConfig
@@ -20,6 +22,8 @@ def rules_between_parts(config: RunConfig) -> Iterator[Problem]:
     yield from _who_judges(config)
     yield from _scorers(config)
     if config.judge is not None:
+        yield from _anchors(config)
+        yield from _incomplete(config)
         yield from _medium(config)
         yield from _sources(config)
     yield from _lookahead(config)
@@ -159,6 +163,47 @@ def _who_judges(config: RunConfig) -> Iterator[Problem]:
             f"{reward} judge.family {type(config.judge.family).__name__} looks at one sibling at a time: no pair would "
             "ever be judged; use Pointwise, or a family that compares two",
         )
+
+
+def _anchors(config: RunConfig) -> Iterator[Problem]:
+    """The reward reads the dimensions that the judge's verdicts have: of others only some would count, and in silence."""
+    assert config.judge is not None
+    given = set(getattr(config.judge.family, "anchors", ()))
+    for name, reward in _pairwise("reward", config.reward):
+        if given and not given.issuperset(reward.anchors):
+            yield (
+                f"{name}.anchors",
+                f"is {reward.anchors}, but judge.family {type(config.judge.family).__name__} compares {tuple(sorted(given))}: what "
+                f"the others say would not count; give {type(reward).__name__}(anchors={tuple(sorted(given))}), or some of them",
+            )
+
+
+def _incomplete(config: RunConfig) -> Iterator[Problem]:
+    """Who meets only some of the others may owe wins to them, which win rates do not see."""
+    assert config.judge is not None
+    judge, size = config.judge, config.sampling.group_size
+    if size < 2 or not hasattr(judge.pairs, "pairs"):
+        return
+    asked = {frozenset(members) for members in judge.questions(size, 0) if len(members) == 2}
+    for name, reward in _pairwise("reward", config.reward):
+        if isinstance(reward, WinRate) and 0 < len(asked) < size * (size - 1) // 2:
+            yield (
+                name,
+                f"is WinRate, but judge.pairs {type(judge.pairs).__name__} leaves out some of the {size * (size - 1) // 2} pairs of a "
+                "group (sampling.group_size): a win over a strong sibling would count as one over a weak one; use BradleyTerry, "
+                "which takes WinRate's settings, or RoundRobin",
+            )
+
+
+def _pairwise(name: str, reward: Any) -> Iterator[tuple[str, Any]]:
+    """The rewards that count wins, wherever they are wrapped, with their fields' names."""
+    if isinstance(reward, WinRate | BradleyTerry):
+        yield name, reward
+    elif isinstance(reward, Consistent):
+        yield from _pairwise(f"{name}.inner", reward.inner)
+    elif isinstance(reward, Several):
+        for i, one in enumerate(reward.rewards):
+            yield from _pairwise(f"{name}.rewards.{i}", one)
 
 
 def _scorers(config: RunConfig) -> Iterator[Problem]:

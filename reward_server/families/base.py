@@ -115,6 +115,8 @@ class ChatFamily:
     sources = 0
     open_ended = False
     """Whether a reply may still change after it looks complete, so that one that was cut off is no answer."""
+    anchors: ClassVar[tuple[str, ...]] = ()
+    """The dimensions that a verdict on two tells the winner of, beside the overall one; some families have it by medium or keys."""
     decisive: ClassVar[tuple[str, ...]] = ()
     """The scores that say how good a candidate is, where the others are parts of them; empty: all, equally."""
 

@@ -111,6 +111,10 @@ class GenericPair(_Generic):
     winner_key: str = "winner"
     dimension_keys: tuple[str, ...] = ()
 
+    @property
+    def anchors(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.dimension_keys
+
     def parse(self, text: str) -> Reply:
         return parse_pair(text, self.winner_key, self.dimension_keys, self.score_keys, self.low, self.high)
 

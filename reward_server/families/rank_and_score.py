@@ -31,6 +31,10 @@ class RankAndScore:
         return self.rank.sources
 
     @property
+    def anchors(self) -> tuple[str, ...]:
+        return getattr(self.rank, "anchors", ())
+
+    @property
     def medium(self) -> Medium:
         return self.rank.medium
 

@@ -154,6 +154,10 @@ class Unified2Pair(ChatFamily):
     name: ClassVar[str] = "unified2_pair"
     open_ended = True
 
+    @property
+    def anchors(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return axes(self.medium)
+
     def parse(self, text: str) -> Reply:
         return parse_pair2(text)
 

@@ -16,7 +16,9 @@ from grpo_flex.config_file import from_json, load_experiment, to_json
 from grpo_flex.dynamics import Cps, FastWindow, FlowSde, Ode
 from grpo_flex.generators.flux import Flux
 from grpo_flex.overrides import override
-from reward_server.families.unified import Unified2Point
+from grpo_flex.pairing import Pivots, Swiss
+from grpo_flex.rewards import BradleyTerry, Consistent, Several
+from reward_server.families.unified import Unified1Pair, Unified2Pair, Unified2Point
 from tests.configs import judge_of
 
 # Those that train a judge are another kind (reward_server.judge_training).
@@ -117,6 +119,36 @@ def invalid(config: RunConfig) -> list[tuple[RunConfig, str]]:
             replace(config, judge=replace(judge_of(config), server=None, endpoints=("localhost:80",))),
             "each needs to be a URL",
         ),
+        (
+            replace(config, judge=replace(judge_of(config), server=None, endpoints=("http://[::1:80/v1",))),
+            "each needs to be a URL",
+        ),
+        (
+            replace(config, judge=replace(judge_of(config), server=None, endpoints=("http://me:secret@host/v1",))),
+            "judge.endpoints holds a name or a password before an @",
+        ),
+        (
+            replace(config, checkpoint=replace(config.checkpoint, mirror="s3://me:secret@bucket/runs")),
+            "checkpoint.mirror holds a name or a password before an @",
+        ),
+        (replace(config, judge=replace(judge_of(config), temperature=-1.0)), "judge.temperature is -1.0"),
+        (replace(config, judge=replace(judge_of(config), model="")), "judge.model is empty"),
+        (
+            replace(config, judge=replace(judge_of(config), family=Unified2Pair())),
+            "judge.family Unified2Pair compares ('alignment', 'coherence', 'style')",
+        ),
+        (
+            replace(config, judge=replace(judge_of(config), pairs=Pivots(count=1))),
+            "reward is WinRate, but judge.pairs Pivots leaves out some of the 6 pairs",
+        ),
+        (
+            replace(
+                config,
+                judge=replace(judge_of(config), pairs=Swiss()),
+                reward=Several(names=("a",), rewards=(Consistent(),)),
+            ),
+            "reward.rewards.0.inner is WinRate, but judge.pairs Swiss",
+        ),
         (replace(config, generator=replace(_flux(config), height=30)), "generator.height is 30; Flux packs"),
         (
             replace(config, generator=replace(_flux(config), model="./nowhere")),
@@ -132,6 +164,12 @@ def invalid(config: RunConfig) -> list[tuple[RunConfig, str]]:
         ),
         (replace(config, steps="3"), "steps is '3'; it needs to be a whole number"),  # type: ignore[arg-type]
     ]
+
+
+def test_dimensions_that_the_judge_has_and_incomplete_plans_are_taken(config: RunConfig) -> None:
+    judge = replace(judge_of(config), family=Unified2Pair(), pairs=Pivots(count=1))
+    replace(config, judge=judge, reward=BradleyTerry(anchors=("style", "alignment"))).validate()
+    replace(config, judge=replace(judge_of(config), family=Unified1Pair())).validate()  # the overall winner alone
 
 
 def test_invalid_configurations_are_refused_by_name(config: RunConfig) -> None:
