@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from grpo_flex.types import Adapter, Role
 
@@ -23,6 +23,15 @@ POLL_S = 0.5
 
 START_S = 1800.0
 """So long all workers at once may be starting: models are large, and nodes may have to come back first."""
+
+
+DIED = (RayActorError, OutOfMemoryError)
+"""What Ray says of a call whose process is gone; the second of one that its memory monitor has killed."""
+
+
+def fate(error: RayError) -> str:
+    """How a process was lost, for a message."""
+    return "was killed by Ray, because its node ran out of memory" if isinstance(error, OutOfMemoryError) else "died"
 
 
 class Stranded(Exception):
@@ -174,8 +183,8 @@ class Fleet:
             try:
                 if _is_there(ref):
                     said[worker] = ray.get(ref)
-            except RayActorError:
-                self._lose(worker, "died")
+            except DIED as error:
+                self._lose(worker, fate(error))
         return said
 
     def tend(self) -> None:
@@ -232,8 +241,8 @@ class Fleet:
                 worker.heard, job.done = time.monotonic(), True
         except RayTaskError:
             raise
-        except RayActorError:
-            self._lose(worker, "died")
+        except DIED as error:
+            self._lose(worker, fate(error))
 
     def _lose(self, worker: Worker, how: str) -> None:
         """Start a worker again, and give its work to the others."""

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from grpo_flex.broadcast import Circle
+from grpo_flex.fleet import DIED, fate
 from grpo_flex.types import Adapter, UpdateBatch, UpdateResult
 from grpo_flex.weights import Parcel
 
@@ -19,6 +20,9 @@ GRACE_S = 10.0
 """When a learner fails, another's death may be why; so long it is waited for to show."""
 
 
+POLL_S = 0.5
+STOP_S = 10.0
+"""A run that is asked to stop waits so long for an update under way before it does without: who asks may kill it soon."""
 START_S = 1800.0
 """Learners that died may take so long to start again: models are large, and a node may have to come back first."""
 
@@ -44,15 +48,19 @@ class LearnerGroup:
         timeout_s: for one update.
         say: tells a person what happened.
         stopping: whether the run is being stopped, so that what died is not to be started again.
+        stopped_s: for how many seconds it is being stopped.
         keeps: whether updates leave the state. Where they do not, there is nothing to start again from.
     """
 
     def __init__(
         self, start: Callable[[int], Any], size: int, *, restarts: int, timeout_s: float,
         say: Callable[[str], None], stopping: Callable[[], bool] = lambda: False, keeps: bool = True,
+        stopped_s: Callable[[], float] = lambda: 0.0,
     ) -> None:  # fmt: skip
         self._start, self._size, self._say, self._stopping, self._keeps = start, size, say, stopping, keeps
-        self._left, self._timeout_s = restarts, timeout_s
+        self._left, self._timeout_s, self._stopped_s = restarts, timeout_s, stopped_s
+        self._lost: RayError | None = None
+        """Why the present actors are not to be asked any more, where they are not started again."""
         self._state: ray.ObjectRef[dict[str, Any]] | None = None
         self._begun: list[ray.ObjectRef[None]] = []
         self.restarts = 0
@@ -100,8 +108,8 @@ class LearnerGroup:
 
     def version(self) -> int:
         """Of the weights that ``publish`` and ``send`` take."""
-        said: Any = self._until_done(lambda: ray.get(self.actors[0].version.remote()))
-        return said
+        said: Any = self._until_done(lambda: _all([self.actors[0].version.remote()], self._timeout_s))
+        return said[0]
 
     def send(self, role: str, invite: Callable[[str], tuple[Circle, T]]) -> tuple[str, T]:
         """Broadcast rank 0's weights to the receivers that ``invite``, given rank 0's address, calls to a circle.
@@ -112,14 +120,21 @@ class LearnerGroup:
         return self._until_done(lambda: self._send(role, invite))
 
     def adapter_files(self) -> dict[str, bytes]:
-        made: Any = self._until_done(lambda: ray.get([actor.adapter_files.remote() for actor in self.actors]))
+        made: Any = self._until_done(lambda: self._each("adapter_files"))
         return made[0]
 
     def state(self) -> dict[str, Any]:
-        """After the last completed step; needs no learner that is alive once there was an update that left it."""
+        """After the last completed step; needs no learner that is alive once there was an update that left it.
+
+        Raises:
+            RayError: it did not, and the learners have died or hang.
+        """
         if self._state is not None:
             return ray.get(self._state)
-        return ray.get([actor.state.remote() for actor in self.actors])[0]
+        if self._lost is not None:  # one that hangs would be waited for in vain
+            raise self._lost
+        made: Any = self._each("state")
+        return made[0]
 
     def load_state(self, state: dict[str, Any]) -> None:
         self._state = ray.put(Parcel(state))
@@ -133,7 +148,7 @@ class LearnerGroup:
     def _update(self, batch: UpdateBatch, step: int) -> UpdateResult:
         called = [actor.update.remote(batch, step) for actor in self.actors]
         refs: list[ray.ObjectRef[Any]] = [*self._begun, *(result for result, _ in called)]
-        *_, result = _all(refs, self._timeout_s)
+        *_, result = _all(refs, self._timeout_s, self._does_without)
         self._begun, self._state = [], called[0][1] if self._keeps else None
         return result
 
@@ -142,8 +157,16 @@ class LearnerGroup:
         _all([receipt for receipt, _ in called], self._timeout_s)
         return called[0][1]
 
+    def _does_without(self) -> bool:
+        """Whether an update under way is given up: the run is to stop, and the state before it is at hand."""
+        return self._state is not None and self._stopped_s() > STOP_S
+
+    def _each(self, method: str) -> list[Any]:
+        return _all([getattr(actor, method).remote() for actor in self.actors], self._timeout_s)
+
     def _send(self, role: str, invite: Callable[[str], tuple[Circle, T]]) -> tuple[str, T]:
-        circle, invited = invite(ray.get(self.actors[0].listen.remote()))
+        (address,) = _all([self.actors[0].listen.remote()], self._timeout_s)
+        circle, invited = invite(address)
         problem, *_ = _all([actor.send.remote(circle, role) for actor in self.actors], self._timeout_s)
         return problem, invited
 
@@ -151,29 +174,30 @@ class LearnerGroup:
         while True:
             try:
                 return call()
-            except (RayActorError, Hung) as error:
+            except (*DIED, Hung) as error:
                 self._restore(error)
 
-    def _restore(self, reason: RayActorError | Hung) -> None:
+    def _restore(self, reason: RayError) -> None:
         """End all learners and start them again from the newest state, as often as it takes.
 
         Raises:
-            RayActorError, Hung: the reason, where they are not to be started again; Hung also where they cannot be.
+            RayError: the reason, where they are not to be started again; Hung where they cannot be.
             StateLost: their node was lost, and the state with it.
         """
         while True:
             if self._left == 0 or self._stopping() or not self._keeps:
+                self._lost = reason
                 raise reason
             self._reach_state()
             self._left, self.restarts, self._begun, self._loading = self._left - 1, self.restarts + 1, [], []
-            what = "hangs" if isinstance(reason, Hung) else "died"
+            what = "hangs" if isinstance(reason, Hung) else fate(reason)
             self._say(f"a learner {what}; starting again from the last completed step")
             for actor in self.actors:
                 ray.kill(actor)
             self.actors = [self._start(rank) for rank in range(self._size)]
             try:
                 return self.meet(START_S)
-            except RayActorError as error:
+            except DIED as error:
                 reason = error
             except GetTimeoutError:
                 raise Hung(
@@ -189,30 +213,35 @@ class LearnerGroup:
             raise StateLost("the learners' newest state is lost with its node") from error
 
 
-def _all(refs: Sequence[ray.ObjectRef[T]], timeout_s: float) -> list[T]:
+def _all(
+    refs: Sequence[ray.ObjectRef[T]], timeout_s: float, does_without: Callable[[], bool] = lambda: False
+) -> list[T]:
     """All results.
 
     Raises:
-        RayActorError: a process died, whatever the others said of it.
+        RayActorError, OutOfMemoryError: a process died, whatever the others said of it.
         RayTaskError: one of them failed.
-        Hung: they are not there in time.
+        Hung: they are not there in time, or are done without.
     """
     until, pending = time.monotonic() + timeout_s, list(refs)
     while pending:
-        done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, until - time.monotonic()))
-        if not done:
+        left = until - time.monotonic()
+        done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, min(POLL_S, left)))
+        if not done and left <= 0:
             raise Hung(f"no answer within placement.update_timeout_s={timeout_s:g}")
+        if not done and does_without():
+            raise Hung("the run is to stop, and does without the update under way")
         try:
             ray.get(done)
         except RayTaskError as error:
             late = [_error(ref) for ref in ray.wait(pending, num_returns=len(pending), timeout=GRACE_S)[0]]
-            raise next((e for e in late if isinstance(e, RayActorError)), error) from None
+            raise next((e for e in late if isinstance(e, DIED)), error) from None
     return ray.get(list(refs))
 
 
 def _error(ref: ray.ObjectRef[Any]) -> Exception | None:
     try:
         ray.get(ref)
-    except (RayActorError, RayTaskError) as error:
+    except (RayActorError, OutOfMemoryError, RayTaskError) as error:
         return error
     return None

@@ -28,17 +28,17 @@ from testbed.oracle_judge import OracleJudge
 from tests.configs import judge_of, tiny_config
 from tests.integration.processes import descendants, experiment_file, rows, start_training, wait_for
 
-STEPS = int(os.environ.get("CHAOS_STEPS", "9"))
+STEPS = int(os.environ.get("CHAOS_STEPS", "11"))
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
 FATES = (
     ("ray::RolloutActor", "killed"), ("ray::RolloutActor", "hung"), ("ray::LearnerActor", "killed"),
     ("ray::LearnerActor", "hung"), ("testbed.oracle_judge", "killed"), ("testbed.oracle_judge", "hung"),
-    ("driver", "killed"),
+    ("ray::JudgeActor", "killed"), ("driver", "killed"), ("driver", "hung"),
 )  # fmt: skip
 GAP = 1 if STEPS < 50 else 4
 """Steps between two blows."""
 HANG_S = 2.0
-"""A judge that hangs comes back: as long as its process lives, the run waits for it."""
+"""A judge that hangs comes back: as long as its process lives, the run waits for it. So does a driver, and all wait for it."""
 QUIET_SHARE = 0.5
 """In the long form the driver is left alone for so much of the run, the last part: its memory is watched there."""
 GROWTH_MB = 32
@@ -61,16 +61,22 @@ class Ordeal:
         """Wait for the step, and for some moment in it."""
         wait_for(lambda: len(rows(self.run_dir)) > at_step, self.process)
         time.sleep(self.random.uniform(0, 0.6))
+        if (victim, fate) == ("driver", "hung"):
+            return self.stop_for_a_while(self.process.pid)
         if victim == "driver":
             wait_for(lambda: checkpoint.complete(self.run_dir), self.process)  # without any there is nothing to resume
             return self.kill_the_driver()
         self.memory.append((resident_mb(self.process.pid), resident_mb(self._raylet(), "RssShmem")))
         wait_for(lambda: descendants(self.process.pid, victim), self.process)
         pid = self.random.choice(descendants(self.process.pid, victim))
-        os.kill(pid, signal.SIGKILL if fate == "killed" else signal.SIGSTOP)
         if victim == "testbed.oracle_judge" and fate == "hung":
-            time.sleep(HANG_S)
-            os.kill(pid, signal.SIGCONT)
+            return self.stop_for_a_while(pid)
+        os.kill(pid, signal.SIGKILL if fate == "killed" else signal.SIGSTOP)
+
+    def stop_for_a_while(self, pid: int) -> None:
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(HANG_S)
+        os.kill(pid, signal.SIGCONT)
 
     def kill_the_driver(self) -> None:
         self.process.kill()
@@ -124,7 +130,7 @@ def schedule(chance: random.Random, steps: int) -> list[tuple[int, str, str]]:
         order += chance.sample(FATES, len(FATES))
     blows = [(1 + GAP * i, *fate) for i, fate in enumerate(order) if 1 + GAP * i <= steps - 2]
     last = steps if STEPS < 50 else steps * (1 - QUIET_SHARE)
-    return [blow for blow in blows if blow[1] != "driver" or blow[0] < last]
+    return [blow for blow in blows if blow[1:] != ("driver", "killed") or blow[0] < last]
 
 
 def hardy(folder: Path) -> RunConfig:

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import ray
 from ray._private.state import actors
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
 from grpo_flex import cluster as placing
 from grpo_flex.actors import ScorerActor
 from grpo_flex.fleet import Fleet, Stranded
-from grpo_flex.learner_group import LearnerGroup, StateLost
+from grpo_flex.learner_group import Hung, LearnerGroup, StateLost
 from grpo_flex.types import Prompt, UpdateBatch, UpdateResult, Verdict
 from grpo_flex.verdicts import read_verdicts
 
@@ -83,6 +83,24 @@ def test_what_a_lost_worker_had_is_done_by_others(tmp_path: Path) -> None:
     assert all(followed[n][-1] is jobs[n].result for n in range(8)) and len(followed[3]) > 1 and len(followed[4]) > 1
     assert len(said) == 2 and any("died" in s for s in said) and any("taken for hung" in s for s in said)
     assert sum(w.restarts for w in fleet.workers.values()) == 2
+
+
+def test_a_worker_that_is_killed_for_memory_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's memory monitor ends a process with an error of its own."""
+    fleet, said = fleet_of(["a"], {}, tmp_path)
+    get, killed = ray.get, list[Any]()
+
+    def killed_once(refs: Any, **options: Any) -> Any:
+        if not killed and refs is job.receipt:
+            killed.append(refs)
+            raise OutOfMemoryError("Task was killed due to the node running low on memory")
+        return get(refs, **options)
+
+    job = fleet.submit("double", 1)
+    monkeypatch.setattr(ray, "get", killed_once)
+    fleet.wait([job])
+    assert killed and get(job.result)[0] == 2
+    assert said == ["a was killed by Ray, because its node ran out of memory; starting it again"]
 
 
 def test_work_that_fails_by_itself_is_not_repeated(tmp_path: Path) -> None:
@@ -202,11 +220,11 @@ class _Adder:
         self.total = state["total"]
 
 
-def group_of(fate: str, folder: Path, restarts: int = 1) -> tuple[LearnerGroup, list[str]]:
+def group_of(fate: str, folder: Path, restarts: int = 1, **options: Any) -> tuple[LearnerGroup, list[str]]:
     said: list[str] = []
     actor: Any = ray.remote(_Adder)
     start = lambda rank: actor.options(num_cpus=0).remote(rank, fate, 6, str(folder))  # noqa: E731
-    group = LearnerGroup(start, 2, restarts=restarts, timeout_s=5.0, say=said.append)
+    group = LearnerGroup(start, 2, **{"restarts": restarts, "timeout_s": 5.0, "say": said.append} | options)
     group.meet()
     return group, said
 
@@ -233,6 +251,28 @@ def test_learners_that_die_once_too_often_leave_their_state(tmp_path: Path) -> N
     group, _ = group_of("dies", tmp_path, restarts=0)
     with pytest.raises(RayActorError):
         totals(group)
+    assert group.state() == {"total": 3}
+
+
+def test_learners_that_hang_and_left_no_state_are_not_asked_for_it(tmp_path: Path) -> None:
+    """They would never answer; the last checkpoint stands."""
+    group, said = group_of("hangs", tmp_path, keeps=False, timeout_s=1.0)
+    with pytest.raises(Hung):
+        totals(group)
+    with pytest.raises(Hung):
+        group.state()
+    assert said == []
+
+
+def test_a_run_that_is_stopped_does_without_a_long_update(tmp_path: Path) -> None:
+    """Who asks it to stop kills it soon, and the state before the update is at hand."""
+    asked = [0.0]
+    group, _ = group_of("hangs", tmp_path, timeout_s=600.0, stopping=lambda: True, stopped_s=lambda: asked[0])
+    for step in (1, 2):
+        group.update(NOTHING, step)
+    asked[0] = 1000.0
+    with pytest.raises(Hung, match="to stop"):
+        group.update(NOTHING, 3)
     assert group.state() == {"total": 3}
 
 
