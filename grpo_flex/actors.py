@@ -292,17 +292,19 @@ class Scribe:
 class JudgeActor(Scribe):
     """The judge client in an event loop of its own: one connection pool for the whole run."""
 
-    def __init__(self, verdict_path: str, judge: Judge, endpoints: tuple[str, ...]) -> None:
+    def __init__(self, verdict_path: str, judge: Judge, endpoints: tuple[str, ...], api_key: str) -> None:
         import torch  # noqa: F401  # a second: groups hold tensors, and the first one would wait for it
 
-        self.client = JudgeClient(judge, verdict_path, endpoints)
+        self.client = JudgeClient(judge, verdict_path, endpoints, api_key)
         self.log = self.client.log
 
     async def judge(self, group: RolloutGroup, seed: int, previous: Sequence[Verdict] = ()) -> list[Verdict]:
         return await self.client.judge(group, seed, previous)
 
-    async def compare(self, prompt: Prompt, step: int, seed: int, one: np.ndarray, two: np.ndarray) -> list[Verdict]:
-        return await self.client.compare(prompt, step, seed, one, two)
+    async def compare(
+        self, prompt: Prompt, step: int, seed: int, one: np.ndarray, two: np.ndarray, about: str
+    ) -> list[Verdict]:
+        return await self.client.compare(prompt, step, seed, one, two, about)
 
     async def healthy(self) -> bool:
         return await self.client.wait_until_healthy(0.0, heartbeat=lambda _: None)

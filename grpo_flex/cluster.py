@@ -5,6 +5,7 @@ The driver holds references and scalars; media, latents and adapters stay in Ray
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -53,6 +54,7 @@ class Cluster:
         self.say: Callable[[str], None] = lambda text: None
         """Where to tell a person that a process was lost or joined."""
         self.stopping: Callable[[], bool] = lambda: False
+        self.stopped_s: Callable[[], float] = lambda: 0.0
         """Whether the run is being stopped, so that nobody is to be started again."""
         place = config.placement
         self._reserved = reserved
@@ -71,6 +73,7 @@ class Cluster:
             timeout_s=place.update_timeout_s,
             say=lambda text: self.say(text),
             stopping=lambda: self.stopping(),
+            stopped_s=lambda: self.stopped_s(),
             keeps=config.adapter.state_each_step,
         )
         # Beside the judge's start: all of it is waited for in ``wait_until_ready``.
@@ -188,10 +191,10 @@ class Cluster:
         return self._judge.judge.remote(group, seed, previous)
 
     def compare(
-        self, prompt: Prompt, step: int, seed: int, one: ray.ObjectRef[np.ndarray], two: np.ndarray
+        self, prompt: Prompt, step: int, seed: int, one: ray.ObjectRef[np.ndarray], two: np.ndarray, about: str
     ) -> ray.ObjectRef[list[Verdict]]:
         """The judge's verdicts on two media of one prompt: a group of two without trajectories."""
-        return self._judge.compare.remote(prompt, step, seed, one, two)
+        return self._judge.compare.remote(prompt, step, seed, one, two, about)
 
     def score(self, group: ray.ObjectRef[RolloutGroup]) -> list[ray.ObjectRef[list[Verdict]]]:
         """One reference for each scorer's verdicts on one group; scoring begins as soon as the group exists."""
@@ -327,7 +330,8 @@ def _start_judge(judge: Judge | None, endpoints: tuple[str, ...], verdict_path: 
         scribe: Any = ray.remote(Scribe).options(**options)
         return scribe.remote(verdict_path)
     actor: Any = ray.remote(JudgeActor).options(**options)
-    return actor.remote(verdict_path, judge, endpoints)
+    # On a cluster that was there before, its processes do not have this one's environment.
+    return actor.remote(verdict_path, judge, endpoints, os.environ.get(judge.api_key_env, ""))
 
 
 def _state(actor: dict[str, Any], restarts: int) -> str:

@@ -1,18 +1,21 @@
 """Several judge servers as one: load, failover, and a circuit breaker with a health probe for each.
 
 An endpoint whose last ``breaker_failures`` requests all failed is *open*: nothing is sent to it, while a probe
-asks ``GET /v1/models`` every ``probe_s`` seconds; the first good answer closes it again.
+asks ``GET /v1/models`` every ``probe_s`` seconds; the first answer that lists the judge closes it again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
+import math
 import time
 import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -67,6 +70,7 @@ class EndpointPool:
         self,
         session: aiohttp.ClientSession,
         urls: Sequence[str],
+        model: str,
         *,
         breaker_failures: int,
         probe_s: float,
@@ -76,7 +80,7 @@ class EndpointPool:
         self.endpoints = [Endpoint(url) for url in urls]
         self.openings = 0
         """How often a breaker has opened."""
-        self._session = session
+        self._session, self._model = session, model
         self._breaker_failures, self._probe_s, self._patience_s = breaker_failures, probe_s, patience_s
         self._slack = slack
         self._closed = asyncio.Event()
@@ -88,6 +92,10 @@ class EndpointPool:
     def healthy(self) -> bool:
         """Whether any endpoint may be asked."""
         return any(not e.open for e in self.endpoints)
+
+    def others(self, endpoint: Endpoint | None) -> bool:
+        """Whether another endpoint may be asked."""
+        return any(not e.open for e in self.endpoints if e is not endpoint)
 
     async def choose(self, affinity: str, avoid: Endpoint | None, deadline: float) -> Endpoint | None:
         """An endpoint that may be asked, or None when there is none in time.
@@ -134,7 +142,7 @@ class EndpointPool:
         probe.add_done_callback(self._probes.discard)
 
     async def _probe(self, endpoint: Endpoint) -> None:
-        while endpoint.open and not await is_alive(self._session, endpoint.url, self._probe_s):
+        while endpoint.open and not await is_alive(self._session, endpoint.url, self._model, self._probe_s):
             await asyncio.sleep(self._probe_s)
         self.revive(endpoint)
 
@@ -154,15 +162,21 @@ class EndpointPool:
         await asyncio.gather(*self._probes, return_exceptions=True)
 
 
-async def is_alive(session: aiohttp.ClientSession, url: str, timeout_s: float) -> bool:
-    """Whether ``GET url/models`` answers 200 within ``timeout_s`` (at least a second)."""
+async def is_alive(session: aiohttp.ClientSession, url: str, model: str, timeout_s: float) -> bool:
+    """Whether ``GET url/models`` answers within ``timeout_s`` (at least a second) and lists the model."""
     import aiohttp
 
     try:
         async with asyncio.timeout(max(1.0, timeout_s)), session.get(url + "/models") as response:
-            return response.status == 200
-    except (TimeoutError, aiohttp.ClientError):
+            return response.status == 200 and model in _models(json.loads(await response.read()))
+    except (TimeoutError, aiohttp.ClientError, ValueError, RecursionError):
         return False
+
+
+def _models(listed: object) -> list[object]:
+    """The names in a reply to ``GET /models``; none where it is no such reply."""
+    entries = listed.get("data") if isinstance(listed, dict) else None
+    return [m.get("id") for m in entries if isinstance(m, dict)] if isinstance(entries, list) else []
 
 
 _CACHES = ("prefix_cache", "mm_cache")
@@ -184,8 +198,9 @@ async def cache_counters(session: aiohttp.ClientSession, url: str, timeout_s: fl
     for line in text.splitlines():
         name = line.partition("{")[0].partition(" ")[0].removeprefix("vllm:").removesuffix("_total")
         if name in {f"{cache}_{kind}" for cache in _CACHES for kind in ("queries", "hits")}:
-            found[name] = found.get(name, 0.0) + float(line.rpartition(" ")[2])
-    return found
+            with suppress(ValueError):  # a line that is cut off, or another program's
+                found[name] = found.get(name, 0.0) + float(line.rpartition(" ")[2])
+    return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def growth(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
@@ -231,10 +246,10 @@ def check_endpoints(
 
 
 def _complaint(url: str, model: str, headers: Mapping[str, str] | None, timeout_s: float) -> str:
-    request = urllib.request.Request(base_url(url) + "/models", headers=dict(headers or {}))
     # Judges are named by address; a proxy for the outer world would only hide them.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
+        request = urllib.request.Request(base_url(url) + "/models", headers=dict(headers or {}))
         with opener.open(request, timeout=timeout_s) as response:
             listed = json.load(response)
     except urllib.error.HTTPError as error:
@@ -242,8 +257,9 @@ def _complaint(url: str, model: str, headers: Mapping[str, str] | None, timeout_
         return f"HTTP {error.code} {error.reason}{hint}"
     except (urllib.error.URLError, OSError) as error:
         return str(getattr(error, "reason", error))
-    except ValueError:
+    except http.client.InvalidURL as error:
+        return str(error)
+    except (ValueError, RecursionError, http.client.HTTPException):
         return "answers, but not as an OpenAI-compatible server does"
-    entries = listed.get("data") if isinstance(listed, dict) else None
-    names = [m.get("id") for m in entries if isinstance(m, dict)] if isinstance(entries, list) else []
+    names = _models(listed)
     return "" if model in names else f"serves {', '.join(map(str, names)) or 'no model'}, not {model!r}"

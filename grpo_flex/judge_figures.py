@@ -7,20 +7,27 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from grpo_flex.rewards import ANCHORS, overall_answers, win_rates
 from grpo_flex.rewards import anchor_answers as answers_of_anchor
+from grpo_flex.rewards import overall_answers, win_rates
 from grpo_flex.types import Verdict, VerdictStatus
 
 
 def judged_share(verdicts: Sequence[Verdict]) -> float:
     """Share of a group's questions that were answered; compare it with ``judge.min_judged``.
 
-    Where both pairs and single siblings are asked about, the smaller share of the two.
+    A verdict on two that names no winner is none. Where both pairs and single siblings are asked about, the smaller share
+    of the two.
     """
     kinds = [
-        [v.status == "ok" for v in verdicts if len(v.members) == count] for count in {len(v.members) for v in verdicts}
+        [v.status == "ok" and not _without_winner(v) for v in verdicts if len(v.members) == count]
+        for count in {len(v.members) for v in verdicts}
     ]
     return min((sum(answered) / len(answered) for answered in kinds), default=0.0)
+
+
+def _without_winner(verdict: Verdict) -> bool:
+    """A reply on two that was read and leaves open which is better, as where a score of three is no number."""
+    return verdict.status == "ok" and len(verdict.members) == 2 and verdict.winner is None
 
 
 def judge_metrics(groups: Sequence[Sequence[Verdict]]) -> dict[str, float]:
@@ -39,9 +46,10 @@ def judge_metrics(groups: Sequence[Sequence[Verdict]]) -> dict[str, float]:
         "judge/verdicts": float(len(verdicts)),
         "judge/masked_share": 1 - statuses["ok"] / len(verdicts),
         **{f"judge/{s}": float(statuses[s]) for s in ("ok", "unparsed", "timeout", "failed")},
-        "judge/latency_p50": float(np.percentile([v.seconds for v in verdicts], 50)),
-        "judge/latency_p95": float(np.percentile([v.seconds for v in verdicts], 95)),
+        "judge/without_winner": float(sum(map(_without_winner, verdicts))),
     }
+    if waited := [v.seconds for v in verdicts if v.seconds > 0]:  # the others were never sent
+        found |= {f"judge/latency_p{share}": float(np.percentile(waited, share)) for share in (50, 95)}
     if came:
         found["judge/parse_rate"] = statuses["ok"] / came
         found["judge/tokens_per_verdict"] = sum(v.tokens for v in verdicts) / came
@@ -80,7 +88,8 @@ def group_concordance(verdicts: Sequence[Verdict]) -> float | None:
     1: overall verdict and anchors rank the siblings alike; about 1/m for m unrelated rankings.
     """
     size = 1 + max((m for v in verdicts for m in v.members), default=-1)
-    sources = [overall_answers(verdicts), *(answers_of_anchor(verdicts, a) for a in ANCHORS)]
+    anchors = sorted({name for v in verdicts if len(v.members) == 2 for name in v.dimensions})
+    sources = [overall_answers(verdicts), *(answers_of_anchor(verdicts, a) for a in anchors)]
     rates = [win_rates(answers, size) for answers in sources if answers]
     whole = [r for r in rates if not np.isnan(r).any()]
     return kendall_w(np.stack(whole)) if len(whole) >= 2 else None
@@ -106,3 +115,53 @@ def _midranks(ratings_MG: np.ndarray) -> np.ndarray:
     below = (ratings_MG[:, None, :] < ratings_MG[:, :, None]).sum(2)
     level = (ratings_MG[:, None, :] == ratings_MG[:, :, None]).sum(2)
     return below + (level + 1) / 2
+
+
+# ---------------------------------------------------------------- for a person
+
+
+def mostly(groups: Sequence[Sequence[Verdict]]) -> str:
+    """The commonest reason why verdicts are missing, with the beginning of what a server said to it, for a message.
+
+    >>> mostly([[Verdict(members=(0, 1), status="failed", problem="HTTP 400", rationale="the prompt is too long")]])
+    ' (mostly: HTTP 400, "the prompt is too long")'
+    """
+    if (example := _commonest(groups)) is None:
+        return ""
+    said = " ".join(example.rationale.split()) if example.status == "failed" else ""
+    quoted = f', "{said[:SAID_SHOWN]}"' if said else ""
+    return f" (mostly: {example.problem}{quoted})"
+
+
+def what_to_mend(groups: Sequence[Sequence[Verdict]]) -> str:
+    """What to do about the commonest reason why verdicts are missing, if asking again would only meet it again; else empty."""
+    if (example := _commonest(groups)) is None:
+        return ""
+    if example.problem in PERSISTENT:
+        return PERSISTENT[example.problem]
+    return OTHER_REPLIES if example.status in ("ok", "unparsed") else ""
+
+
+def _commonest(groups: Sequence[Sequence[Verdict]]) -> Verdict | None:
+    lacking = [v for group in groups for v in group if v.problem and (v.status != "ok" or _without_winner(v))]
+    lacking = [v for v in lacking if v.seconds > 0] or lacking  # those that were sent say why the others were not
+    counted = Counter(v.problem for v in lacking).most_common(1)
+    return next(v for v in lacking if v.problem == counted[0][0]) if counted else None
+
+
+SAID_SHOWN = 200
+"""Characters of a server's refusal that a message shows."""
+OTHER_REPLIES = (
+    "see its replies with `python -m grpo_flex verdicts RUN --show unparsed --full`: is it the model that judge.family is for, "
+    "and its instruction (judge.family.prompt_file) the one that it was trained on?"
+)
+PERSISTENT = {
+    "cut off at max_tokens": "raise judge.max_tokens, or the server's --max-model-len",
+    "HTTP 400": "it refuses the question: its context may be too short (--max-model-len), its limit of pictures or frames "
+    "too low, or judge.family.structured too much for it",
+    "HTTP 401": "set the variable that judge.api_key_env names to its API key",
+    "HTTP 403": "set the variable that judge.api_key_env names to its API key",
+    "HTTP 404": "give judge.model the name that it serves",
+    "HTTP 422": "it refuses the form of the question: see judge.family",
+}
+"""What an answer that would be given again says of what to change."""

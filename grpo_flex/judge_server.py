@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,13 @@ class JudgeServer:
         self.endpoints: tuple[str, ...] = tuple(self._handle.endpoints)
         self.restarts = 0
         """How often it was started again, or that was tried."""
+        self._left = False
 
     def __enter__(self) -> JudgeServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._left = True
         self._handle.stop()
 
     @property
@@ -72,7 +75,33 @@ class JudgeServer:
                 f"the judge came up again at {', '.join(self._handle.endpoints)} and not at {', '.join(self.endpoints)}, "
                 "where the run asks: give judge.server a fixed port, then resume"
             )
+        if self._left:  # the run ended while it came up
+            self._handle.stop()
         return ""
+
+
+class Revival:
+    """``start_again`` in a thread of its own: a start takes minutes, in which a run looks after its workers and hears a Ctrl-C."""
+
+    def __init__(self, server: JudgeServer) -> None:
+        self._server, self._found = server, list[str | Exception]()
+        # A daemon: whoever leaves in the meantime does not wait, and what was being started ends with its parent.
+        threading.Thread(target=self._start, name="judge", daemon=True).start()
+
+    def _start(self) -> None:
+        try:
+            self._found.append(self._server.start_again())
+        except Exception as error:  # told where it is asked for
+            self._found.append(error)
+
+    def outcome(self) -> str | None:
+        """None while it lasts; then as ``start_again``."""
+        if not self._found:
+            return None
+        found = self._found[0]
+        if isinstance(found, Exception):
+            raise found
+        return found
 
 
 def gpus_of(judge: Judge | None) -> list[str]:

@@ -17,6 +17,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,9 @@ if TYPE_CHECKING:
 
 __all__ = ["JudgeClient", "JudgeUnreachable", "check_endpoints"]
 
+SAID_LONGEST = 500
+"""Characters that are kept of a server's refusal: vLLM says in them what was wrong with the question."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Question:
@@ -65,6 +69,10 @@ class _Outcome:
     """ok: a completion came, whatever it says."""
     problem: str = ""
     retry: bool = False
+    elsewhere: bool = False
+    """The server's own fault, in which it would persist: another one may be asked, this one not again."""
+    said: str = ""
+    """The beginning of what a server that refused said."""
     completion: Completion | None = None
     tokens: int = 0
     seconds: float = 0.0
@@ -77,11 +85,19 @@ class JudgeClient:
         judge: The configuration's judge part.
         verdict_path: Where every verdict is appended (``verdicts.jsonl.gz``).
         endpoints: Base URLs; None: ``judge.endpoints``.
+        api_key: None: what the variable holds that ``judge.api_key_env`` names.
     """
 
-    def __init__(self, judge: Judge, verdict_path: str | Path, endpoints: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        judge: Judge,
+        verdict_path: str | Path,
+        endpoints: Sequence[str] | None = None,
+        api_key: str | None = None,
+    ) -> None:
         self.judge_config = judge
         self._urls = tuple(endpoints if endpoints is not None else judge.endpoints)
+        self._key = os.environ.get(judge.api_key_env, "") if api_key is None else api_key
         self.log = VerdictLog(verdict_path)
         self._families = by_candidates(judge.family)
         self._options = {candidates: family.options() for candidates, family in self._families.items()}
@@ -122,10 +138,16 @@ class JudgeClient:
         ready = [_done(media) for media in group.media_G]
         return await self.judge_as_ready(group.prompt, group.step, ready, seed, previous)
 
-    async def compare(self, prompt: Prompt, step: int, seed: int, one: np.ndarray, two: np.ndarray) -> list[Verdict]:
-        """Verdicts on two media of one prompt, members 0 and 1, with a whole time budget of their own."""
+    async def compare(
+        self, prompt: Prompt, step: int, seed: int, one: np.ndarray, two: np.ndarray, about: str
+    ) -> list[Verdict]:
+        """Verdicts on two media of one prompt, members 0 and 1, with a whole time budget of their own.
+
+        Args:
+            about: Which sample, for the record.
+        """
         self.renew_budget(step)  # the step's groups may have spent it
-        return await self.judge_as_ready(prompt, step, [_done(one), _done(two)], seed)
+        return await self.judge_as_ready(prompt, step, [_done(one), _done(two)], seed, about=about)
 
     async def judge_as_ready(
         self,
@@ -134,6 +156,7 @@ class JudgeClient:
         media_G: Sequence[Awaitable[np.ndarray]],
         seed: int,
         previous: Sequence[Verdict] = (),
+        about: str = "",
     ) -> list[Verdict]:
         """The same for siblings that are still being made: each pair is asked as soon as both exist.
 
@@ -141,6 +164,7 @@ class JudgeClient:
             media_G: Awaitables of uint8 [F, H, W, 3]; each is encoded once, for all its questions with as many frames.
         """
         known = {v.members: v for v in previous if v.status == "ok"}
+        said: list[Verdict] = []
         coming = [asyncio.ensure_future(media) for media in media_G]
         shown = {family.frames for family in self._families.values()}
         encoded = {n: [asyncio.ensure_future(self._encoded(media, n)) for media in coming] for n in shown}
@@ -153,13 +177,18 @@ class JudgeClient:
                 questions = [_Question(step=step, prompt=prompt, members=m, deadline=deadline) for m in new]
                 async with asyncio.TaskGroup() as tasks:
                     asked = [tasks.create_task(self._verdict(q, sources, encoded)) for q in questions]
-                known |= {v.members: v for v in (task.result() for task in asked)}
+                told = [task.result() for task in asked]
+                said += told
+                known |= {v.members: v for v in told}
                 # Rounds that an earlier call answered are gone through again, without asking.
                 following = self._more_questions(len(coming), seed, list(known.values()))
                 members = following if new or any(m not in known for m in following) else []
         finally:
             for sibling in (sibling for siblings in encoded.values() for sibling in siblings):
                 sibling.cancel()
+        # All at once: a client that dies before is asked again about the whole group, and nothing is to stand there twice.
+        for verdict in said:
+            self.log.add(step + 1, prompt.id, prompt.text, verdict, about)
         self.log.flush()
         return [known[m] for m in sorted(known)]
 
@@ -174,7 +203,7 @@ class JudgeClient:
         start = time.monotonic()
         pool = self._connected()
         while True:
-            alive = [e for e in pool.endpoints if await is_alive(self._session, e.url, 2.0)]
+            alive = [e for e in pool.endpoints if await is_alive(self._session, e.url, self.judge_config.model, 2.0)]
             for endpoint in alive:
                 pool.revive(endpoint)
             waited = time.monotonic() - start
@@ -258,19 +287,18 @@ class JudgeClient:
         for attempt in range(self.judge_config.retries + 1):
             if attempt:
                 self._counts["retries"] += 1
-                await self._back_off(attempt, question.deadline)
+                if outcome.retry:
+                    await self._back_off(attempt, question.deadline)
             tried, endpoint = await self._try(question, media, affinity, endpoint)
             if tried is None:  # out of time or out of endpoints; keep what the last real try said
                 outcome = outcome if attempt else self._no_try(question)
                 break
             outcome = tried
             spent += tried.seconds
-            if not outcome.retry:
+            if not (outcome.retry or (outcome.elsewhere and self._connected().others(endpoint))):
                 break
         url = endpoint.url if endpoint else ""
-        verdict = replace(self._read(question, outcome), endpoint=url, seconds=spent)
-        self.log.add(question.step + 1, question.prompt.id, question.prompt.text, verdict)
-        return verdict
+        return replace(self._read(question, outcome), endpoint=url, seconds=spent)
 
     def _no_try(self, question: _Question) -> _Outcome:
         if time.monotonic() >= question.deadline:
@@ -303,7 +331,7 @@ class JudgeClient:
                 outcome = await self._post(endpoint, self._body(question, media), left)
             finally:
                 endpoint.in_flight -= 1
-            pool.report(endpoint, alive=not outcome.retry)
+            pool.report(endpoint, alive=not (outcome.retry or outcome.elsewhere))
             return replace(outcome, seconds=time.monotonic() - start), endpoint
         finally:
             self._slots.release()
@@ -312,15 +340,15 @@ class JudgeClient:
         if self._pool is None:
             import aiohttp
 
-            key = os.environ.get(self.judge_config.api_key_env, "")
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0),  # the slots bound the requests
                 timeout=aiohttp.ClientTimeout(total=None),
-                headers={"Authorization": f"Bearer {key}"} if key else {},
+                headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             )
             self._pool = EndpointPool(
                 self._session,
                 self._urls,
+                self.judge_config.model,
                 breaker_failures=self.judge_config.breaker_failures,
                 probe_s=self.judge_config.probe_s,
                 patience_s=self.judge_config.patience_s,
@@ -360,24 +388,34 @@ class JudgeClient:
         except aiohttp.ClientError:
             return _Outcome(status="failed", problem="connection dropped", retry=True)
         if response.status != 200:
-            # A 4xx is our own fault and would be answered the same way again.
-            return _Outcome(status="failed", problem=f"HTTP {response.status}", retry=response.status >= 500)
+            # A 4xx is our own fault and would be answered the same way again; but whether there is such a model, and who may
+            # ask it, is the server's.
+            return _Outcome(
+                status="failed",
+                problem=f"HTTP {response.status}",
+                retry=response.status >= 500,
+                elsewhere=response.status in (401, 403, 404),
+                said=_refusal(content),
+            )
         return self._completed(content)
 
     def _completed(self, content: bytes) -> _Outcome:
         try:
             reply = json.loads(content)
             choice = reply["choices"][0]
+            text = choice["message"].get("content")
+            if not isinstance(text, str | None):
+                raise TypeError("content is no text")
             completion = Completion(
-                text=choice["message"].get("content") or "",
-                finish_reason=choice.get("finish_reason") or "",
+                text=text or "",
+                finish_reason=str(choice.get("finish_reason") or ""),
                 first_token=_first_token(choice),
             )
             usage = reply.get("usage") or {}
             self._count_tokens(usage)
             tokens = int(usage.get("completion_tokens") or 0)
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-            return _Outcome(status="failed", problem="not a chat completion")
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, OverflowError):
+            return _Outcome(status="failed", problem="not a chat completion", elsewhere=True, said=_refusal(content))
         return _Outcome(status="ok", completion=completion, tokens=tokens)
 
     def _count_tokens(self, usage: Mapping[str, Any]) -> None:
@@ -388,7 +426,9 @@ class JudgeClient:
 
     def _read(self, question: _Question, outcome: _Outcome) -> Verdict:
         if outcome.completion is None:
-            return Verdict(members=question.members, status=outcome.status, problem=outcome.problem)
+            return Verdict(
+                members=question.members, status=outcome.status, problem=outcome.problem, rationale=outcome.said
+            )
         reply = self._family(question).read(outcome.completion)
         return Verdict(
             members=question.members,
@@ -404,6 +444,14 @@ class JudgeClient:
 
 async def _done(media: np.ndarray) -> np.ndarray:
     return media
+
+
+def _refusal(content: bytes) -> str:
+    """The message in OpenAI's form of an error, or else the beginning of whatever was sent."""
+    text = content.decode(errors="replace")
+    with suppress(ValueError, TypeError, LookupError, RecursionError):
+        text = str(json.loads(content)["error"]["message"])
+    return text[:SAID_LONGEST]
 
 
 def _first_token(choice: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:

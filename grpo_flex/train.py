@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,8 +24,8 @@ from grpo_flex.config import ConfigError, RunConfig
 from grpo_flex.console import Console
 from grpo_flex.fleet import Job
 from grpo_flex.guards import Regress, regress, spread, versus_base
-from grpo_flex.judge_figures import judge_metrics, judged_share
-from grpo_flex.judge_server import JudgeAway, JudgeServer
+from grpo_flex.judge_figures import judge_metrics, judged_share, mostly, what_to_mend
+from grpo_flex.judge_server import JudgeAway, JudgeServer, Revival
 from grpo_flex.metrics import RunLog, VerdictRow, curve, headline_key, keys_of, mean_scores, read_metrics
 from grpo_flex.mirror import Mirror
 from grpo_flex.prompts import PromptStream, seed_for
@@ -44,6 +44,8 @@ POLL_S = 0.5
 """How long a Ctrl-C, or a process that died, may go unnoticed while the run waits."""
 SIGNAL_S = 2.0
 """A signal to the whole process group may end Ray's processes before this one has seen it; so long it is waited for."""
+ALIKE_ROUNDS = 3
+"""So often in a row a judge that is there may answer a step in a way that it would answer again."""
 STARVED_STEPS = 3
 """So many steps in a row in which no sibling got a reward end the run: it would only burn time."""
 
@@ -95,18 +97,22 @@ class Trainer:
         self.prompts, self.heldout, self.step, self.server = prompts, heldout, step, server
         self.mirror: Mirror | None = None
         self.basis = dict(basis or {})
-        self._stop = False
+        self._stop, self._stop_at = False, 0.0
+        self._numbers: Mapping[str, float] = {}
+        """Of a step whose line is not written yet."""
         self._next_look = 0.0
         self._starved = 0
         self._flights: deque[Flight] = deque()
         k = config.sampling.lookahead
         self._adapters: deque[AdapterRef] = deque([ray.put(a) for a in ahead[len(ahead) - k :]], maxlen=k + 1)
         """Those that sample the present step and the next k."""
-        cluster.stopping = partial(self.stopping, SIGNAL_S)
+        cluster.stopping, cluster.stopped_s = partial(self.stopping, SIGNAL_S), self.stopped_s
         self._example: tuple[GroupRef, RewardedGroup, Sequence[Verdict]] | None = None
         self._seconds: dict[str, float] = {}
         self._outage: dict[str, float] = {}
         self._base: list[ray.ObjectRef[np.ndarray]] = []
+        self._revival: Revival | None = None
+        """Of the run's own judge, while it is being started again."""
 
     def run(self) -> None:
         """Train until ``config.steps`` are completed.
@@ -124,7 +130,7 @@ class Trainer:
             self._check_watched(keys_of(read_metrics(self.log.run_dir), "heldout/"))
         while self.step < self.config.steps:
             began, self._seconds, self._outage = time.perf_counter(), {}, {}
-            numbers = self.take_step()
+            self._numbers = numbers = self.take_step()
             self._adapters.append(self.cluster.publish())
             self.step += 1
             self._flights.popleft()
@@ -134,6 +140,7 @@ class Trainer:
             numbers |= {f"perf/{phase}_s": seconds for phase, seconds in self._seconds.items()}
             numbers["perf/step_s"] = time.perf_counter() - began
             self.log.log(self.step, numbers)
+            self._numbers = {}
             self.console.step(self.step, numbers)
             worse = self.regress(numbers)
             if self._due(numbers) or worse:
@@ -174,11 +181,16 @@ class Trainer:
             return [[] for _ in flight.prompts]
         with self._phase("judge"):
             verdicts = self._get([flight.asked[i] for i in range(len(flight.prompts))])
-            away_since = None
+            away_since, alike = None, 0
             while len(missing := self._unusable(verdicts)) > self._spare(len(verdicts)):
                 away_since = away_since or time.monotonic()
-                what = f"{len(missing)} of {len(verdicts)} groups lack verdicts{_mostly(verdicts)}"
-                self._hold_for_judge(time.monotonic() - away_since, what)
+                lacking = [verdicts[i] for i in missing]
+                what = f"{len(missing)} of {len(verdicts)} groups lack verdicts{mostly(lacking)}"
+                mend = what_to_mend(lacking)
+                alike = alike + 1 if mend else 0
+                if alike >= ALIKE_ROUNDS:
+                    raise JudgeAway(f"{what}, however often it is asked: the judge is there; {mend}, then resume")
+                self._hold_for_judge(time.monotonic() - away_since, what, mend)
                 self._count("asked_again", sum(v.status != "ok" for i in missing for v in verdicts[i]))
                 flight.asked |= {i: self._ask(flight, i, flight.groups[i], verdicts[i]) for i in missing}
                 again = self._get([flight.asked[i] for i in missing])
@@ -242,8 +254,8 @@ class Trainer:
         now = spread(samples, shown)
         seeds = [seed_for(self.config.seed, "versus base", sample.prompt.id, i) for i, sample in enumerate(now)]
         asked = [
-            self.cluster.compare(sample.prompt, self.step - 1, seed, base, sample.media)
-            for sample, seed, base in zip(now, seeds, self._base, strict=True)
+            self.cluster.compare(sample.prompt, self.step - 1, seed, base, sample.media, f"held-out {number}")
+            for number, (sample, seed, base) in enumerate(zip(now, seeds, self._base, strict=True))
         ]
         said = ray.get(asked)  # not interrupted: the step is complete, and its line of metrics has to follow
         said = [
@@ -283,6 +295,8 @@ class Trainer:
         state, config = self.cluster.learner_state(), self.config.checkpoint
         late = int(state["version"]) - self.step
         self.step += late
+        if late and self._numbers:  # the step is complete but for what was to come with its line
+            self.log.log(self.step, self._numbers)
         # References: with a broadcast there are no older ones. The newest update's own adapter may not be there yet.
         older: list[Any] = list(self._adapters)[late:][: self.config.sampling.lookahead]
         ahead: list[Adapter] = ray.get(older)
@@ -297,7 +311,11 @@ class Trainer:
 
     def stop(self) -> None:
         """Ask the run to end at the next wait for rollouts or the judge."""
-        self._stop = True
+        self._stop, self._stop_at = True, self._stop_at or time.monotonic()
+
+    def stopped_s(self) -> float:
+        """For how many seconds the run has been asked to end."""
+        return time.monotonic() - self._stop_at if self._stop_at else 0.0
 
     def stopping(self, within_s: float) -> bool:
         """Whether the run was asked to end, or is within so many seconds."""
@@ -313,7 +331,7 @@ class Trainer:
         key = headline_key([dict(numbers)])
         if key is None or not self.config.checkpoint.keep_best:
             return False
-        return numbers[key] >= max(curve(read_metrics(self.log.run_dir), key)[1])
+        return numbers[key] >= max(curve(read_metrics(self.log.run_dir), key)[1], default=-math.inf)
 
     def _launch(self, step: int, adapter: AdapterRef) -> Flight:
         """Hand out the groups of a step to the workers."""
@@ -379,13 +397,14 @@ class Trainer:
         assert self.config.judge is not None
         return min(groups - 1, groups - math.ceil(groups * self.config.judge.min_groups - 1e-9))
 
-    def _hold_for_judge(self, away_s: float, what: str) -> None:
+    def _hold_for_judge(self, away_s: float, what: str, mend: str) -> None:
         """One heartbeat of waiting, and on until the judge answers its health probe."""
         assert self.config.judge is not None
         began, limit = time.monotonic(), self.config.judge.give_up_s
         while True:
             if away_s + time.monotonic() - began > limit:
-                raise JudgeAway(f"{what} for longer than judge.give_up_s={limit:g}; bring the judge back, then resume")
+                mend = mend or "bring the judge back"
+                raise JudgeAway(f"{what} for longer than judge.give_up_s={limit:g}; {mend}, then resume")
             self.console.note(f"step {self.step + 1}: {what}; waiting for the judge")
             self._pause(HEARTBEAT_S)
             if self.cluster.judge_is_healthy():
@@ -393,16 +412,20 @@ class Trainer:
             self._revive_judge()
 
     def _revive_judge(self) -> None:
-        """Start the run's own judge again if its process has ended; called when no endpoint is healthy."""
-        if self.server is None or not self.server.ended:
-            return
-        self.console.note(f"step {self.step + 1}: the judge's process has ended; starting it again")
-        self._count("restarts", 1)
-        if problem := self.server.start_again():
-            self.console.note(f"the judge did not come up: {problem}")
-            self._next_look = time.monotonic() + HEARTBEAT_S
-        else:
-            self.cluster.judge_is_healthy()  # closes the circuit breaker now, not with its next probe
+        """Start the run's own judge again if its process has ended; called when no endpoint is healthy, and until it is up."""
+        if self._revival is not None:
+            if (problem := self._revival.outcome()) is None:
+                return
+            self._revival = None
+            if problem:
+                self.console.note(f"the judge did not come up: {problem}")
+                self._next_look = time.monotonic() + HEARTBEAT_S
+            else:
+                self.cluster.judge_is_healthy()  # closes the circuit breaker now, not with its next probe
+        elif self.server is not None and self.server.ended:
+            self.console.note(f"step {self.step + 1}: the judge's process has ended; starting it again")
+            self._count("restarts", 1)
+            self._revival = Revival(self.server)
 
     def _outage_metrics(self, dropped: int) -> dict[str, float]:
         """What a judge that was away cost this step; nothing to say without a judge."""
@@ -468,7 +491,7 @@ class Trainer:
         self.console.workers(self.cluster.worker_states())
         endpoints = self.cluster.judge_states()
         self.console.judge({e.url: str(e) for e in endpoints})
-        if endpoints and not any(e.healthy for e in endpoints):
+        if self._revival is not None or (endpoints and not any(e.healthy for e in endpoints)):
             self._revive_judge()
 
     @contextmanager
@@ -487,12 +510,6 @@ def _answered(refs: Sequence[Any]) -> bool:
         return bool(ray.get(list(refs)))
     except RayError:
         return False
-
-
-def _mostly(verdicts: Sequence[Sequence[Verdict]]) -> str:
-    """The commonest reason why verdicts are missing, for a message."""
-    reasons = Counter(v.problem for group in verdicts for v in group if v.status != "ok" and v.problem)
-    return f" (mostly: {reasons.most_common(1)[0][0]})" if reasons else ""
 
 
 def verdict_rows(group: RolloutGroup, rewarded: RewardedGroup, verdicts: Sequence[Verdict]) -> list[VerdictRow]:

@@ -17,9 +17,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from grpo_flex.types import Verdict
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 FILE_NAME = "verdicts.jsonl.gz"
 BATCH_LINES, BATCH_SECONDS = 64, 5.0
@@ -33,7 +36,14 @@ class Entry:
     step: int
     prompt_id: str
     prompt: str
+    about: str = ""
+    """Which held-out sample stands beside the base model's; empty: the group of the step."""
     verdict: Verdict
+
+    @property
+    def group(self) -> tuple[int, str, str]:
+        """Equal for verdicts on the same siblings. A held-out prompt may have the id of another."""
+        return self.step, self.prompt_id, self.about
 
 
 class VerdictLog:
@@ -46,9 +56,9 @@ class VerdictLog:
         self._since = time.monotonic()
         _cut_torn_tail(self.path)
 
-    def add(self, step: int, prompt_id: str, prompt: str, verdict: Verdict) -> None:
+    def add(self, step: int, prompt_id: str, prompt: str, verdict: Verdict, about: str = "") -> None:
         """Takes one verdict; written with its batch, after at most 64 lines or at the first one after 5 s."""
-        line = {"step": step, "prompt_id": prompt_id, "prompt": prompt} | asdict(verdict)
+        line = {"step": step, "prompt_id": prompt_id, "prompt": prompt, "about": about} | asdict(verdict)
         self._lines.append(json.dumps(line, ensure_ascii=False) + "\n")
         if len(self._lines) >= BATCH_LINES or time.monotonic() - self._since > BATCH_SECONDS:
             self.flush()
@@ -102,10 +112,11 @@ def read_verdicts(path: str | Path) -> Iterator[Entry]:
 
 
 def _entry(record: dict[str, Any]) -> Entry:
-    about = {name: record.pop(name) for name in ("step", "prompt_id", "prompt")}
+    what = {name: record.pop(name) for name in ("step", "prompt_id", "prompt")}
+    what["about"] = record.pop("about", "")  # of an earlier version: without
     record["members"] = tuple(record["members"])
     record["scores"] = {name: tuple(values) for name, values in record["scores"].items()}
-    return Entry(**about, verdict=Verdict(**record))
+    return Entry(**what, verdict=Verdict(**record))
 
 
 def _batches(path: Path) -> Iterator[list[bytes]]:
@@ -167,10 +178,10 @@ def select(entries: Sequence[Entry], *, step: int | None = None, prompt: str = "
 
 def disagreements(entries: Sequence[Entry]) -> list[Entry]:
     """Both entries of each pair whose two orders were answered differently, one after the other."""
-    asked: dict[tuple[int, str, tuple[int, ...]], list[Entry]] = defaultdict(list)
+    asked: dict[tuple[object, ...], list[Entry]] = defaultdict(list)
     for e in entries:
         if e.verdict.winner is not None and len(e.verdict.members) == 2:
-            asked[e.step, e.prompt_id, tuple(sorted(e.verdict.members))].append(e)
+            asked[*e.group, *sorted(e.verdict.members)].append(e)
     return [e for both in asked.values() if len({winner_of(x.verdict) for x in both}) > 1 for e in both]
 
 
@@ -194,7 +205,7 @@ def main(
     Raises:
         ValueError: the run has no verdicts, or none fits.
     """
-    from rich.console import Console
+    from rich.text import Text
 
     path = Path(run_dir) / FILE_NAME
     if not path.is_file():
@@ -202,17 +213,18 @@ def main(
     entries = list(read_verdicts(path))
     chosen = select(entries, step=step, prompt=prompt, show=show)
     if not chosen:
+        hint = "; is any pair asked in both orders? See judge.pairs" if show == "disagreements" else ""
         raise ValueError(
-            f"none of the {len(entries)} verdicts in {path} fits (step={step}, prompt={prompt!r}, show={show})"
+            f"none of the {len(entries)} verdicts in {path} fits (step={step}, prompt={prompt!r}, show={show}){hint}"
         )
-    console = Console()
+    console = plain_console()
     if any(not e.verdict.scorer for e in chosen):
         console.print(_step_table(chosen))
     console.print(_verdict_table(chosen[:limit]) if not full else "")
     for e in chosen[:limit] if full else []:
-        console.rule(f"step {e.step} · {e.prompt_id} · {_shown(e.verdict)}")
+        console.rule(Text(printable(f"step {e.step} · {_named(e)} · {_shown(e.verdict)}")))
         nothing = _outcome(e.verdict) if e.verdict.scorer else "(no reply)"
-        console.print(f"{e.prompt}\n{e.verdict.rationale or nothing}", markup=False, highlight=False)
+        console.print(printable(f"{e.prompt}\n{e.verdict.rationale or nothing}"))
     if len(chosen) > limit:
         console.print(f"{len(chosen) - limit} more; see them with a larger limit", style="dim")
 
@@ -222,11 +234,11 @@ def _step_table(entries: Sequence[Entry]) -> Any:
 
     from grpo_flex.judge_figures import judge_metrics
 
-    groups: dict[int, dict[str, list[Verdict]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[int, dict[object, list[Verdict]]] = defaultdict(lambda: defaultdict(list))
     for e in entries:
         if e.verdict.scorer:  # no reply to parse, no order to be consistent in
             continue
-        groups[e.step][e.prompt_id].append(e.verdict)
+        groups[e.step][e.group].append(e.verdict)
     keys = ("verdicts", "masked_share", "parse_rate", "order_consistency", "first_position_win_rate", "latency_p95")
     table = Table("step", *(k.replace("_", " ") for k in keys), title="by step", title_justify="left")
     for step, by_prompt in sorted(groups.items()):
@@ -237,15 +249,31 @@ def _step_table(entries: Sequence[Entry]) -> Any:
 
 def _verdict_table(entries: Sequence[Entry]) -> Any:
     from rich.table import Table
-    from rich.text import Text
 
     table = Table("step", "prompt", "shown", "verdict", "dimensions", "seconds", "what it said", title_justify="left")
     for e in entries:
         v = e.verdict
         dims = " ".join(f"{name}:{_side(value, v.members)}" for name, value in v.dimensions.items())
-        said = Text(" ".join(v.rationale.split())[:160] or "–")
-        table.add_row(str(e.step), f"{e.prompt_id}\n{e.prompt}", _shown(v), _outcome(v), dims, f"{v.seconds:.2f}", said)
+        said = " ".join(v.rationale.split())[:160] or "–"
+        cells = (str(e.step), f"{_named(e)}\n{e.prompt}", _shown(v), _outcome(v), dims, f"{v.seconds:.2f}", said)
+        table.add_row(*map(printable, cells))
     return table
+
+
+def plain_console() -> Console:
+    """A terminal that takes prompts and replies as they are: "[red]" is text, and no colour."""
+    from rich.console import Console
+
+    return Console(markup=False, highlight=False, emoji=False)
+
+
+def printable(text: str) -> str:
+    """With a mark for what no terminal can be given: halves of surrogate pairs, which a JSON reply may hold."""
+    return text.encode(errors="replace").decode()
+
+
+def _named(entry: Entry) -> str:
+    return f"{entry.prompt_id} ({entry.about})" if entry.about else entry.prompt_id
 
 
 def _shown(verdict: Verdict) -> str:

@@ -34,6 +34,8 @@ class StandInJudge:
     healthy: bool = True
     """What its health probe finds."""
     asked: int = 0
+    problem: str = AWAY
+    said: str = ""
 
     def verdicts(self, group: RolloutGroup) -> list[Verdict]:
         self.asked += 1
@@ -41,7 +43,9 @@ class StandInJudge:
         pairs = [(i, j) for i in range(len(light)) for j in range(i)]
         ok = self.answers(group)
         said = [Verdict(members=(i, j), status="ok", winner=float(light[j] > light[i])) for i, j in pairs[:ok]]
-        return said + [Verdict(members=pair, status="failed", problem=AWAY) for pair in pairs[ok:]]
+        return said + [
+            Verdict(members=pair, status="failed", problem=self.problem, rationale=self.said) for pair in pairs[ok:]
+        ]
 
 
 class OneProcess:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_flex.judge_server import JudgeAway, JudgeServer
+from grpo_flex.judge_server import JudgeAway, JudgeServer, Revival
 from testbed.oracle_judge import OracleJudge
 
 
@@ -52,6 +52,24 @@ def test_started_again_at_the_same_port_and_stopped_at_the_end(tmp_path: Path) -
         assert judge.ended and judge.start_again() == ""
         assert not judge.ended and server.handles[1].endpoints == judge.endpoints
     assert not server.handles[1].running
+
+
+def test_a_start_in_a_thread_of_its_own_is_told_when_it_has_ended(tmp_path: Path) -> None:
+    server = Server([True, False, True, True])
+    with JudgeServer(server, tmp_path, restarts=2) as judge:
+        assert told(Revival(judge)) == "port taken" and told(Revival(judge)) == ""
+        with pytest.raises(JudgeAway):
+            told(Revival(judge))
+        judge.restarts = 0
+    assert told(Revival(judge)) == "" and not server.handles[-1].running  # the run had ended in the meantime
+
+
+def told(revival: Revival) -> str:
+    until = time.monotonic() + 10
+    while (outcome := revival.outcome()) is None:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    return outcome
 
 
 def test_restarts_are_limited_and_the_message_says_where_to_look(tmp_path: Path) -> None:

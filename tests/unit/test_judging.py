@@ -21,7 +21,7 @@ from PIL import Image
 
 from grpo_flex.config import Judge
 from grpo_flex.endpoints import EndpointPool, base_url
-from grpo_flex.judge_figures import judge_metrics, judged_share, kendall_w
+from grpo_flex.judge_figures import judge_metrics, judged_share, kendall_w, mostly, what_to_mend
 from grpo_flex.judging import JudgeClient, JudgeUnreachable, check_endpoints, encode_media, request_seed
 from grpo_flex.pairing import RoundRobin, Swiss
 from grpo_flex.rewards import Pointwise, Several, WinRate
@@ -48,8 +48,8 @@ def completion(text: str = FIRST_WINS) -> web.Response:
 class Server:
     """A judge whose answers a test scripts; ``async with`` serves it on a loopback port."""
 
-    def __init__(self, handler: Handler, port: int = 0) -> None:
-        self.handler, self.port = handler, port
+    def __init__(self, handler: Handler, port: int = 0, model: str = "UnifiedReward") -> None:
+        self.handler, self.port, self.model = handler, port, model
         self.bodies: list[dict[str, Any]] = []
         self.now = self.most = 0
 
@@ -70,11 +70,12 @@ class Server:
         await self._runner.cleanup()
 
     async def _models(self, _: web.Request) -> web.Response:
-        return web.json_response({"data": [{"id": "UnifiedReward"}]})
+        return web.json_response({"data": [{"id": self.model}]})
 
     async def _metrics(self, _: web.Request) -> web.Response:
         asked = len(self.bodies)
         lines = ["# HELP vllm:mm_cache_hits_total Hits.", "vllm:num_requests_running 0.0"]
+        lines += ["vllm:prefix_cache_queries_total{} many", "vllm:mm_cache_hits_total"]
         for engine in (0, 1):
             lines += [f'vllm:prefix_cache_queries_total{{engine="{engine}"}} {100.0 * asked}']
             lines += [f'vllm:prefix_cache_hits_total{{engine="{engine}"}} {60.0 * asked}']
@@ -334,17 +335,70 @@ def test_lasting_failures_end_as_failed(tmp_path: Path, failure: Handler, proble
     assert len(server.bodies) == 4
 
 
-@pytest.mark.parametrize("code", [400, 401, 404, 413, 422, 429])
+@pytest.mark.parametrize("code", [400, 413, 422, 429])
 def test_a_4xx_is_never_tried_again_and_does_not_open_the_breaker(tmp_path: Path, code: int) -> None:
     server = Server(status(code))
     verdicts, counters = run(ask(tmp_path, server, breaker_failures=1))
     assert {(v.status, v.problem) for v in verdicts} == {("failed", f"HTTP {code}")}
     assert len(server.bodies) == 6 and counters["judge/breaker_openings"] == 0
+    assert {v.rationale for v in verdicts} == {"no"}
+
+
+@pytest.mark.parametrize("code", [401, 403, 404])
+def test_who_has_no_such_judge_or_lets_nobody_in_is_left_for_another(tmp_path: Path, code: int) -> None:
+    async def scenario() -> tuple[list[Verdict], dict[str, float]]:
+        async with (
+            Server(status(code), model="Another") as wrong,
+            Server(works) as right,
+            JudgeClient(config(wrong.url, right.url, breaker_failures=2), tmp_path / "v.gz") as client,
+        ):
+            verdicts = [v for step in range(16) for v in await client.judge(group(3, step=step), 0)]
+            assert len(wrong.bodies) < 12  # it is not asked again and again
+            return verdicts, client.counters()
+
+    verdicts, counters = run(scenario())
+    assert {v.status for v in verdicts} == {"ok"} and counters["judge/breaker_openings"] >= 1
+
+
+@pytest.mark.parametrize("code", [401, 403, 404])
+def test_where_there_is_no_other_nothing_is_tried_again(tmp_path: Path, code: int) -> None:
+    server = Server(status(code), model="Another")
+    verdicts, counters = run(ask(tmp_path, server, breaker_failures=1))
+    assert counters["judge/retries"] == 0 and counters["judge/breaker_openings"] == 1
+    assert (problem := f"HTTP {code}") in {v.problem for v in verdicts} <= {problem, "no judge reachable"}
+    assert f'(mostly: {problem}, "no")' in mostly([verdicts]) and what_to_mend([verdicts])
+
+
+def test_a_server_with_another_model_stays_away(tmp_path: Path) -> None:
+    """Its probe answers, but lists another one."""
+
+    async def scenario() -> bool:
+        async with (
+            Server(status(404), model="Another") as server,
+            JudgeClient(config(server.url, breaker_failures=1), tmp_path / "v.gz") as client,
+        ):
+            await client.judge(group(2), 0)
+            assert not any(state.healthy for state in client.states())
+            return await client.wait_until_healthy(0.0, heartbeat=lambda _: None)
+
+    assert not run(scenario())
 
 
 @pytest.mark.parametrize(
     "body",
-    ["", "<html>", "[]", "null", "{}", '{"choices": []}', '{"choices": [{"message": null}]}', '{"choices": {"a": 1}}'],
+    [
+        "",
+        "<html>",
+        "[]",
+        "null",
+        "{}",
+        '{"choices": []}',
+        '{"choices": [{"message": null}]}',
+        '{"choices": {"a": 1}}',
+        '{"choices": [{"message": {"content": 5}}]}',
+        '{"choices": [{"message": {"content": [{"type": "text", "text": "a"}]}}]}',
+        '{"choices": [{"message": {"content": "a"}}], "usage": {"completion_tokens": 1e999}}',
+    ],
 )
 def test_a_reply_that_is_no_chat_completion_is_failed(tmp_path: Path, body: str) -> None:
     async def babble(_: Server, __: dict[str, Any]) -> web.StreamResponse:
@@ -381,6 +435,41 @@ def test_the_step_budget_ends_a_slow_step(tmp_path: Path) -> None:
     assert len(verdicts) == 20
 
 
+def test_a_key_that_is_given_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To an actor on a cluster that was there before, which has another environment."""
+    keys: list[str] = []
+
+    async def look(_: Server, body: dict[str, Any]) -> web.StreamResponse:
+        keys.append(body["request"].headers.get("Authorization", ""))
+        return completion()
+
+    async def scenario() -> None:
+        async with Server(look) as server, JudgeClient(config(server.url), tmp_path / "v.gz", api_key="abc") as client:
+            await client.judge(group(2), 0)
+
+    monkeypatch.delenv(config("http://a").api_key_env, raising=False)
+    run(scenario())
+    assert set(keys) == {"Bearer abc"}
+
+
+def test_a_group_is_written_down_at_once_when_it_is_complete(tmp_path: Path) -> None:
+    """A client that dies before is asked about the whole group again: nothing may stand there twice."""
+    written: list[int] = []
+
+    async def count(_: Server, __: dict[str, Any]) -> web.StreamResponse:
+        path = tmp_path / "v.gz"
+        written.append(len(list(read_verdicts(path))) if path.exists() else 0)
+        return completion()
+
+    async def scenario() -> None:
+        async with Server(count) as server, JudgeClient(config(server.url, concurrency=1), tmp_path / "v.gz") as client:
+            client.log._since = -1e9  # a line would be written as soon as it comes
+            await client.judge(group(3), 0)
+
+    run(scenario())
+    assert written == [0] * 6 and len(list(read_verdicts(tmp_path / "v.gz"))) == 6
+
+
 async def _dead_url() -> str:
     async with Server(works) as server:
         return server.url
@@ -413,7 +502,13 @@ def test_a_dead_endpoint_is_replaced_by_a_living_one(tmp_path: Path) -> None:
 def test_one_group_keeps_to_one_server_until_that_is_much_busier() -> None:
     async def scenario() -> None:
         pool = EndpointPool(
-            cast(Any, None), ["http://a", "http://b"], breaker_failures=1, probe_s=1, patience_s=1, slack=3
+            cast(Any, None),
+            ["http://a", "http://b"],
+            "UnifiedReward",
+            breaker_failures=1,
+            probe_s=1,
+            patience_s=1,
+            slack=3,
         )
         chosen = [await pool.choose(f"group {k}", None, 0.0) for k in range(20) for _ in range(2)]
         assert chosen[::2] == chosen[1::2] and set(chosen) == set(pool.endpoints)
@@ -678,8 +773,27 @@ def test_judge_figures_by_hand() -> None:
     assert found["judge/tie_rate"] == 1 / 5
     assert found["judge/first_position_win_rate"] == 3 / 4
     assert found["judge/problem/no_winner"] == 1 and found["judge/problem/request_timed_out"] == 2
-    assert found["judge/latency_p50"] == 0.0 and found["judge/latency_p95"] == pytest.approx(1 + 2 * 0.65)
+    # Of the two that were sent.
+    assert found["judge/latency_p50"] == 2.0 and found["judge/latency_p95"] == pytest.approx(1 + 2 * 0.95)
+    assert found["judge/without_winner"] == 0
     assert judge_metrics([]) == {} and judge_metrics([[]]) == {}
+
+
+def test_a_reply_that_leaves_the_winner_open_is_no_answer() -> None:
+    open_ended = Verdict(members=(0, 1), status="ok", problem="scores do not add up", dimensions={"style": 0.0})
+    told = Verdict(members=(1, 0), status="ok", winner=0.0)
+    assert judged_share([open_ended, told]) == 0.5 and judged_share([told]) == 1
+    assert judge_metrics([[open_ended, told]])["judge/without_winner"] == 1
+    assert judged_share([Verdict(members=(0,), status="ok", scores={"a": (1.0,)})]) == 1
+    assert what_to_mend([[open_ended]]) and not what_to_mend([[told]])
+
+
+def test_agreement_is_among_the_dimensions_that_there_are() -> None:
+    def v(i: int, j: int, style: float) -> Verdict:
+        return Verdict(members=(i, j), status="ok", winner=0.0, dimensions={"style": style})
+
+    alike, unlike = [v(0, 1, 0.0), v(0, 2, 0.0), v(1, 2, 0.0)], [v(0, 1, 1.0), v(0, 2, 1.0), v(1, 2, 1.0)]
+    assert judge_metrics([alike])["judge/kendall_w"] == 1 and judge_metrics([unlike])["judge/kendall_w"] == 0
 
 
 def test_kendalls_w_by_hand() -> None:

@@ -91,17 +91,20 @@ def test_what_is_lost_with_its_node_for_good_is_said(tmp_path: Path) -> None:
 def test_a_checkpoint_carries_the_step_that_the_learners_are_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int, ahead: list[int]
 ) -> None:
-    """Even if something failed between an update and the end of its step."""
+    """Even if something failed between an update and the end of its step, whose line is written then."""
     monkeypatch.setattr(ray, "get", lambda adapters: adapters)
     trainer: Any = object.__new__(Trainer)
     trainer.cluster = SimpleNamespace(learner_state=lambda: {"version": version})
     trainer.config = SimpleNamespace(checkpoint=Checkpoint(), sampling=SimpleNamespace(lookahead=2))
     trainer.console = SimpleNamespace(phase=lambda name: None)
-    trainer.log, trainer.mirror, trainer.basis = SimpleNamespace(run_dir=tmp_path), None, {}
+    lines: list[Any] = []
+    trainer.log = SimpleNamespace(run_dir=tmp_path, log=lambda *line: lines.append(line))
+    trainer.mirror, trainer.basis, trainer._numbers = None, {}, {"reward/mean": 0.5}
     trainer.step, trainer._adapters = 3, [Adapters(version=v, tensors={}) for v in (1, 2, 3)]
     trainer.save()
     step, state = checkpoint.load(tmp_path)
     assert step == trainer.step == version and [v for v, _ in state["ahead"]] == ahead
+    assert lines == ([(4, {"reward/mean": 0.5})] if version == 4 else [])
 
 
 def test_a_task_that_fails_is_an_error_after_a_checkpoint(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,28 @@ def run_dir(tmp_path: Path) -> Path:
         log.add(e.step, e.prompt_id, e.prompt, e.verdict)
     log.flush()
     return tmp_path
+
+
+def test_a_held_out_prompt_with_the_id_of_another_is_another() -> None:
+    shown = entry(0, "cat", (1, 0), 0.0)
+    assert disagreements([ENTRIES[0], shown]) and not disagreements([ENTRIES[0], replace(shown, about="held-out 3")])
+
+
+def test_any_text_is_printed_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    log = VerdictLog(tmp_path / FILE_NAME)
+    said = Verdict(members=(0, 1), status="ok", winner=0.0, rationale="[red]half \ud800 a pair[/b]")
+    log.add(1, "p", "a sign [/b] in [red] :cat:", said, "held-out 3")
+    log.flush()
+    for full in (False, True):
+        main(tmp_path, full=full)
+        printed = " ".join(capsys.readouterr().out.split())
+        assert "[red]half ? a" in printed and "held-out" in printed
+    assert "a sign [/b] in [red] :cat:" in printed
+    (read,) = read_verdicts(tmp_path / FILE_NAME)
+    assert read.about == "held-out 3"
 
 
 def test_what_is_written_is_read_back(run_dir: Path) -> None:
