@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +140,7 @@ class RunLog:
             takes those steps again. None for a new run.
         fps: Frames per second of clips in mp4 files.
 
-    W&B that cannot start costs a warning, never the run.
+    W&B that cannot start, or fails later, costs a warning, never the run.
 
     Raises:
         ValueError: a new run in a directory that has metrics already.
@@ -180,7 +180,7 @@ class RunLog:
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         self._last = step
-        self._send(step, {key: value for key, value in row.items() if value is not None})
+        self._send(step, lambda: {key: value for key, value in row.items() if value is not None})
 
     def samples(self, step: int, samples: Sequence[Sample], baseline: Sequence[Sample] | None = None) -> None:
         """Write samples/step_<n>.png and, against the base model's samples, samples/before_after.png.
@@ -200,7 +200,7 @@ class RunLog:
             title = f"before training · after step {step}"
             drawn = pictures.write_before_after(folder / "before_after", pairs, title, self._fps)
             media["media/before_after"] = drawn[0]
-        self._send(step, {key: self._medium(path) for key, path in media.items()} if self._wandb else {})
+        self._send(step, lambda: {key: self._medium(path) for key, path in media.items()})
 
     def _before(
         self, folder: Path, step: int, samples: Sequence[Sample], baseline: Sequence[Sample] | None
@@ -214,20 +214,18 @@ class RunLog:
 
     def verdict_table(self, step: int, rows: Sequence[VerdictRow]) -> None:
         """Show a table prompt · picture · score · verdict in W&B (the run's directory has every verdict)."""
-        if self._wandb is None or step <= self._sent or not rows:
-            return
-        import wandb
-
-        data: list[Any] = [[row.prompt, self._picture(row.media), _finite(row.score), row.verdict] for row in rows]
-        table = wandb.Table(columns=["prompt", "picture", "score", "verdict"], data=data)
-        self._send(step, {"media/verdicts": table})
+        if rows:
+            self._send(step, lambda: {"media/verdicts": self._table(rows)})
 
     def close(self) -> None:
         """Finish the W&B run; the log takes no more lines."""
         with suppress(OSError):  # only a line whose writing has failed before is still to be written
             self._file.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            try:
+                self._wandb.finish()
+            except Exception as error:  # as in ``_send``
+                self._lose(error)
             self._wandb = None
 
     def __enter__(self) -> RunLog:
@@ -236,9 +234,27 @@ class RunLog:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _send(self, step: int, values: Mapping[str, Any]) -> None:
-        if self._wandb is not None and values and step > self._sent:
-            self._wandb.log(step, values)
+    def _send(self, step: int, values: Callable[[], Mapping[str, Any]]) -> None:
+        """Show values in W&B, which is only for a reader: once it fails, the run goes on without it."""
+        if self._wandb is None or step <= self._sent:
+            return
+        try:
+            self._wandb.log(step, values())
+        except Exception as error:  # each of its layers has errors of its own
+            self._lose(error)
+
+    def _lose(self, error: Exception) -> None:
+        """Its process may be dead: whoever stops a job, as ``ray job stop`` does, may send SIGTERM to that one too."""
+        _log.warning("W&B has failed (%s); going on without it, see %s for the numbers", _reason(error), METRICS)
+        if self._wandb is not None:
+            self._wandb.abandon()
+            self._wandb = None
+
+    def _table(self, rows: Sequence[VerdictRow]) -> Any:
+        import wandb
+
+        data: list[Any] = [[row.prompt, self._picture(row.media), _finite(row.score), row.verdict] for row in rows]
+        return wandb.Table(columns=["prompt", "picture", "score", "verdict"], data=data)
 
     def _medium(self, path: Path) -> Any:
         import wandb
@@ -301,10 +317,9 @@ class _WandbRun:
         for attempt in {"online": ("online", "offline"), "disabled": ()}.get(mode, ("offline",)):
             try:
                 return cls._start(run_dir, config, attempt)
-            except _wandb_errors() as error:
+            except Exception as error:  # each of its layers has errors of its own
                 way_out = "logging offline instead" if attempt == "online" else f"see {METRICS} for the numbers"
-                reason = " ".join(str(error).split())
-                _log.warning("W&B cannot start %s (%s); %s", attempt, reason, way_out)
+                _log.warning("W&B cannot start %s (%s); %s", attempt, _reason(error), way_out)
                 _end_service()
         return None
 
@@ -334,16 +349,28 @@ class _WandbRun:
 
     def finish(self) -> None:
         self._run.finish()
+        self._forget_staging()
+
+    def abandon(self) -> None:
+        """Instead of ``finish`` after a failure; without it, W&B would try that again as the interpreter exits."""
+        _end_service()
+        self._forget_staging()
+
+    def _forget_staging(self) -> None:
         if os.environ.get("WANDB_DATA_DIR") == self._staging:
             del os.environ["WANDB_DATA_DIR"]
 
 
 def _end_service() -> None:
     """An attempt that failed leaves its run's id taken in W&B's background process: the next needs a new one."""
-    with suppress(*_wandb_errors()):
+    with suppress(Exception, SystemExit):  # it would exit with the status of a process that was killed
         import wandb
 
         wandb.teardown()
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def wandb_mode(config: Wandb) -> str:
@@ -359,14 +386,6 @@ def _wandb_id(run_dir: Path) -> str:
     if not path.is_file():
         path.write_text(os.urandom(5).hex(), encoding="utf-8")
     return path.read_text(encoding="utf-8").strip()
-
-
-def _wandb_errors() -> tuple[type[Exception], ...]:
-    try:
-        from wandb.errors import Error
-    except ImportError as error:
-        return (type(error), OSError)
-    return (Error, ImportError, OSError, TimeoutError)
 
 
 def mean_scores(samples: Sequence[Sample]) -> dict[str, float]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,7 @@ import pytest
 
 from grpo_flex import pictures
 from grpo_flex.config import Wandb
-from grpo_flex.metrics import RunLog, VerdictRow, read_metrics, wandb_mode
+from grpo_flex.metrics import RunLog, VerdictRow, _WandbRun, read_metrics, wandb_mode
 from tests.unit.run_stand_in import StandInConfig, make_run, sample
 
 QUIET = StandInConfig()
@@ -318,3 +321,77 @@ def test_wandb_that_cannot_start_costs_a_warning_not_the_run(
     assert warnings == ["W&B cannot start online", "W&B cannot start offline"]
     assert "no route to host" in caplog.text
     assert len(read_metrics(tmp_path)) == 1
+
+
+class Gone:
+    """A W&B run whose process has ended: whatever is asked of it raises."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error, self.asked = error, 0
+
+    def log(self, values: dict[str, Any]) -> None:
+        self.asked += 1
+        raise self.error
+
+    def finish(self) -> None:
+        self.log({})
+
+
+def fails(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.name == "grpo_flex.metrics"]
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("Connection lost"), BrokenPipeError(), RuntimeError("closed")])
+def test_wandb_that_fails_later_costs_one_warning_not_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    gone = Gone(error)
+    monkeypatch.setattr(_WandbRun, "start", lambda *_: _WandbRun(replaced(gone), "staging"))
+    with RunLog(tmp_path, QUIET) as log:
+        for step in range(3):
+            log.log(step, {"reward/mean": 0.5})
+            log.samples(step, [sample(0, 0.4)])
+            log.verdict_table(step, [VerdictRow(prompt="p", media=sample(0, 0.4).media, score=1.0, verdict="v")])
+    what = str(error) or type(error).__name__
+    assert fails(caplog) == [f"W&B has failed ({what}); going on without it, see metrics.jsonl for the numbers"]
+    assert gone.asked == 1 and len(read_metrics(tmp_path)) == 3 and (tmp_path / "samples/step_00002.png").is_file()
+
+
+def test_wandb_that_cannot_finish_costs_a_warning_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_WandbRun, "start", lambda *_: _WandbRun(replaced(Gone(OSError("Connection lost"))), "staging"))
+    RunLog(tmp_path, QUIET).close()
+    assert len(fails(caplog)) == 1
+
+
+def replaced(run: Gone) -> Any:
+    """With what ``_WandbRun`` asks of a run before it is gone."""
+    return SimpleNamespace(log=run.log, finish=run.finish, define_metric=lambda *_, **__: None)
+
+
+STOPPED = """
+import os, signal, sys, time
+from pathlib import Path
+from tests.unit.test_metrics import OFFLINE, RunLog
+
+with RunLog(Path(sys.argv[1]), OFFLINE) as log:
+    log.log(0, {"reward/mean": 0.5})
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    names = {int(child): Path(f"/proc/{child}/cmdline").read_text() for child in children}
+    service = [child for child, name in names.items() if "wandb-core" in name]
+    for child in service:
+        os.kill(child, signal.SIGTERM)
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    assert len(service) == 1
+    for step in range(1, int(sys.argv[2])):
+        log.log(step, {"reward/mean": 0.5})
+"""
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_signal_to_all_processes_of_a_job_ends_wandb_and_not_the_run(tmp_path: Path, steps: int) -> None:
+    done = subprocess.run([sys.executable, "-c", STOPPED, str(tmp_path), str(steps)], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == ""
+    (said,) = done.stderr.splitlines()
+    assert said.startswith("W&B has failed (") and len(read_metrics(tmp_path)) == steps
