@@ -158,6 +158,11 @@ class RunLog:
         if resume_step is not None:
             truncate(path, resume_step)
         self._last = _last_step(path)
+        if resume_step is not None and self._last < resume_step:
+            missing = f"{self._last + 1} to {resume_step}" if self._last + 1 < resume_step else f"{resume_step}"
+            _log.warning(
+                "%s has no line of step %s: lost, before it reached the disk; curves have a gap", path, missing
+            )
         if resume_step is None and self._last >= 0:
             raise ValueError(f"'{run_dir}' holds a run already; resume it, or give this one another name")
         self._file: TextIO = path.open("a", encoding="utf-8")
@@ -171,14 +176,18 @@ class RunLog:
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         """Append one line: {"step": step, **numbers}. NaN and infinity become null, which JSON can hold.
 
+        The line is on the disk afterwards, so that a loss of power leaves no checkpoint whose steps have none.
+
         Raises:
             ValueError: ``step`` already has its line.
+            OSError: no space or no permission.
         """
         if step <= self._last:
             raise ValueError(f"step {step} is already in {METRICS} (last: {self._last}); a step has one line")
         row = {"step": step} | {key: _finite(value) for key, value in numbers.items()}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())
         self._last = step
         self._send(step, lambda: {key: value for key, value in row.items() if value is not None})
 
@@ -282,7 +291,10 @@ def truncate(path: Path, step: int) -> None:
         return
     kept = [json.dumps(row) + "\n" for row in read_metrics(path.parent) if (row["step"] or 0) <= step]
     half = path.with_name(f".{path.name}.part")
-    half.write_text("".join(kept), encoding="utf-8")
+    with half.open("w", encoding="utf-8") as file:
+        file.write("".join(kept))
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(half, path)
 
 

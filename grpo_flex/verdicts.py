@@ -76,9 +76,13 @@ class VerdictLog:
         # One unbuffered write: a kill leaves a whole member or a torn tail, never one inside the file.
         with self.path.open("ab", buffering=0) as file:
             whole = file.tell()
-            if file.write(member) < len(member):  # what a disk that becomes full does before it refuses
+            try:
+                if file.write(member) < len(member):  # what a disk that becomes full does before it refuses
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+                os.fsync(file.fileno())  # a checkpoint, which is synced too, must not outlive its steps' verdicts
+            except OSError:
                 file.truncate(whole)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+                raise
         self._lines = []
 
 

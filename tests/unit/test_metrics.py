@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -22,6 +23,10 @@ from tests.unit.run_stand_in import StandInConfig, make_run, sample
 
 QUIET = StandInConfig()
 OFFLINE = StandInConfig(wandb=Wandb(mode="offline"))
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.name == "grpo_flex.metrics"]
 
 
 # ---------------------------------------------------------------- metrics.jsonl
@@ -80,6 +85,34 @@ def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path: Path) -> None:
     assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1]
     RunLog(tmp_path, QUIET, resume_step=5).close()
     assert path.read_text() == '{"step": 0}\n{"step": 1}\n'
+
+
+@pytest.mark.parametrize(("lines", "missing"), [(8, "8 to 10"), (10, "10"), (0, "0 to 10"), (11, ""), (13, "")])
+def test_a_resume_says_which_lines_are_missing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, lines: int, missing: str
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(lines)))
+    with RunLog(tmp_path, QUIET, resume_step=10) as log:
+        log.log(11, {})
+    assert [f"metrics.jsonl has no line of step {missing}: " in said for said in warnings(caplog)] == [True] * bool(
+        missing
+    )
+
+
+def test_every_line_is_on_the_disk_when_it_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[tuple[str, int]] = []
+    real = os.fsync
+
+    def fsync(handle: int) -> None:
+        synced.append((Path(os.readlink(f"/proc/self/fd/{handle}")).name, os.fstat(handle).st_size))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with RunLog(tmp_path, QUIET) as log:
+        log.log(0, {})
+        log.log(1, {})
+    RunLog(tmp_path, QUIET, resume_step=0).close()
+    assert synced == [("metrics.jsonl", 12), ("metrics.jsonl", 24), (".metrics.jsonl.part", 12)]
 
 
 def test_a_new_run_does_not_write_over_an_old_one(tmp_path: Path) -> None:
@@ -317,8 +350,8 @@ def test_wandb_that_cannot_start_costs_a_warning_not_the_run(
     with RunLog(tmp_path, replace(QUIET, wandb=Wandb(mode="online"))) as log:
         log.log(0, {"reward/mean": 0.5})
         log.samples(0, [sample(0, 0.4)])
-    warnings = [r.getMessage().split(" (")[0] for r in caplog.records if r.name == "grpo_flex.metrics"]
-    assert warnings == ["W&B cannot start online", "W&B cannot start offline"]
+    said = [text.split(" (")[0] for text in warnings(caplog)]
+    assert said == ["W&B cannot start online", "W&B cannot start offline"]
     assert "no route to host" in caplog.text
     assert len(read_metrics(tmp_path)) == 1
 
@@ -337,10 +370,6 @@ class Gone:
         self.log({})
 
 
-def fails(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.name == "grpo_flex.metrics"]
-
-
 @pytest.mark.parametrize("error", [ConnectionResetError("Connection lost"), BrokenPipeError(), RuntimeError("closed")])
 def test_wandb_that_fails_later_costs_one_warning_not_the_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, error: Exception
@@ -353,7 +382,7 @@ def test_wandb_that_fails_later_costs_one_warning_not_the_run(
             log.samples(step, [sample(0, 0.4)])
             log.verdict_table(step, [VerdictRow(prompt="p", media=sample(0, 0.4).media, score=1.0, verdict="v")])
     what = str(error) or type(error).__name__
-    assert fails(caplog) == [f"W&B has failed ({what}); going on without it, see metrics.jsonl for the numbers"]
+    assert warnings(caplog) == [f"W&B has failed ({what}); going on without it, see metrics.jsonl for the numbers"]
     assert gone.asked == 1 and len(read_metrics(tmp_path)) == 3 and (tmp_path / "samples/step_00002.png").is_file()
 
 
@@ -362,7 +391,7 @@ def test_wandb_that_cannot_finish_costs_a_warning_too(
 ) -> None:
     monkeypatch.setattr(_WandbRun, "start", lambda *_: _WandbRun(replaced(Gone(OSError("Connection lost"))), "staging"))
     RunLog(tmp_path, QUIET).close()
-    assert len(fails(caplog)) == 1
+    assert len(warnings(caplog)) == 1
 
 
 def replaced(run: Gone) -> Any:

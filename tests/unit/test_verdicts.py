@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import resource
 from dataclasses import replace
 from pathlib import Path
@@ -124,3 +126,20 @@ def test_a_disk_that_becomes_full_leaves_whole_members(tmp_path: Path) -> None:
     assert log.path.read_bytes() == whole
     log.flush()  # somebody made room
     assert [e.prompt_id for e in read_verdicts(log.path)] == ["cat", "dog"]
+
+
+def test_a_batch_is_on_the_disk_or_will_be_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system over a network may refuse no sooner than with the sync."""
+    log = VerdictLog(tmp_path / FILE_NAME)
+    log.add(1, "cat", "a cat", ENTRIES[0].verdict)
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        log.flush()
+    assert log.path.read_bytes() == b""
+    monkeypatch.undo()
+    log.flush()
+    assert [e.prompt_id for e in read_verdicts(log.path)] == ["cat"]
