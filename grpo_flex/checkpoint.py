@@ -21,7 +21,7 @@ class CheckpointError(ValueError):
 def save(
     run_dir: Path, step: int, state: dict[str, Any], keep: int, score: float | None = None, keep_best: bool = False
 ) -> Path:
-    """Write checkpoints/step_<n>/ atomically and drop all but the newest ``keep``.
+    """Write checkpoints/step_<n>/ atomically and drop all but the newest ``keep``, and first what kills left half done.
 
     Args:
         step: training steps completed.
@@ -39,7 +39,8 @@ def save(
         return folder  # the same step has the same state; removing it first would leave a moment without any
     aside = folder.with_name(f".{folder.name}.partial")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
+        for half in folder.parent.glob(".step_*.partial"):  # of any step: a full one may be as large as the disk's rest
+            shutil.rmtree(half, ignore_errors=True)
         aside.mkdir(parents=True)
         torch.save(state, aside / _STATE)
         info = {"step": step, "sha256": _digest(aside / _STATE), "score": score}

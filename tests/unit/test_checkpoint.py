@@ -69,6 +69,24 @@ def test_a_kill_at_any_point_leaves_the_previous_one_valid(
     assert checkpoint.load(tmp_path)[0] == 2
 
 
+def test_what_a_kill_left_of_another_step_makes_room_for_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint.save(tmp_path, 1, state(1), keep=2).parent
+    half = folder / ".step_000013.partial"
+    half.mkdir()
+    (half / "learner.pt").write_bytes(b"half")
+    real = torch.save
+
+    def save(*arguments: Any) -> None:
+        assert not half.exists()  # before its space is needed
+        real(*arguments)
+
+    monkeypatch.setattr(torch, "save", save)
+    checkpoint.save(tmp_path, 10, state(10), keep=2)
+    assert sorted(p.name for p in folder.iterdir()) == ["step_000001", "step_000010"]
+
+
 def test_a_kill_at_any_byte_leaves_the_previous_one_valid(tmp_path: Path) -> None:
     """What a kill leaves behind is a folder under another name, with any part of its files."""
     checkpoint.save(tmp_path, 1, state(1), keep=2)
