@@ -5,14 +5,18 @@ from __future__ import annotations
 import base64
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from grpo_flex.compare import compare
+from grpo_flex.console import Console
 from grpo_flex.metrics import RunLog
 from grpo_flex.report import write_report
-from tests.unit.run_stand_in import StandInConfig, make_run
+from grpo_flex.status import status, summary
+from tests.unit.run_stand_in import StandInConfig, make_run, sample
 
 VOID = {"meta", "img", "br", "path", "use", "rect"}
 
@@ -119,6 +123,21 @@ def test_a_run_without_evaluation_or_configuration(tmp_path: Path) -> None:
         log.log(1, {"reward/mean": float("nan"), "policy/kl": 0.1})
     text = text_of(write_report(tmp_path).read_text())
     assert "reward/mean not a number" in text
+
+
+def test_a_heldout_score_that_was_never_a_number(tmp_path: Path) -> None:
+    """Nor is it one in tables of runs and in what the terminal shows."""
+    out, nan = io.StringIO(), {"heldout/oracle": float("nan")}
+    with RunLog(tmp_path, StandInConfig()) as log, Console(2, run_dir=tmp_path, out=out) as console:
+        for step in (0, 1, 2):
+            log.samples(step, [replace(sample(0, 0.5), scores={"oracle": float("nan")})])
+            log.log(step, nan)
+            console.step(step, nan)
+    assert "heldout/oracle not a number" in text_of(write_report(tmp_path).read_text())
+    assert "Curves and samples" in compare([tmp_path], tmp_path / "picture.png")
+    status(tmp_path, out)
+    summary(tmp_path, out=out)
+    assert "finished at step 2" in out.getvalue()
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
