@@ -91,20 +91,27 @@ def drop_from_step(path: str | Path, step: int) -> int:
 
     Returns:
         How many lines were dropped. A file that is not there has none.
+
+    Raises:
+        OSError: no space or no permission; the file is as it was.
     """
     path = Path(path)
     if not path.exists():
         return 0
     partial, dropped = path.with_suffix(".partial"), 0
-    with partial.open("wb") as out:
-        for lines in _batches(path):
-            kept = [line for line in lines if json.loads(line)["step"] < step]
-            dropped += len(lines) - len(kept)
-            if kept:
-                out.write(gzip.compress(b"".join(kept)))
-        out.flush()
-        os.fsync(out.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as out:
+            for lines in _batches(path):
+                kept = [line for line in lines if json.loads(line)["step"] < step]
+                dropped += len(lines) - len(kept)
+                if kept:
+                    out.write(gzip.compress(b"".join(kept)))
+            out.flush()
+            os.fsync(out.fileno())
+        partial.replace(path)
+    except OSError as error:  # which of a full disk names no file
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
     return dropped
 
 

@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 
 from grpo_flex.types import Verdict
-from grpo_flex.verdicts import FILE_NAME, Entry, VerdictLog, disagreements, main, read_verdicts, select
+from grpo_flex.verdicts import (
+    FILE_NAME,
+    Entry,
+    VerdictLog,
+    disagreements,
+    drop_from_step,
+    main,
+    read_verdicts,
+    select,
+)
 
 
 def entry(step: int, prompt_id: str, members: tuple[int, int], winner: float | None, **more: Any) -> Entry:
@@ -143,3 +152,16 @@ def test_a_batch_is_on_the_disk_or_will_be_written_again(tmp_path: Path, monkeyp
     monkeypatch.undo()
     log.flush()
     assert [e.prompt_id for e in read_verdicts(log.path)] == ["cat"]
+
+
+def test_a_cut_that_a_full_disk_refuses_leaves_the_file_and_nothing_beside_it(run_dir: Path) -> None:
+    path, limits = run_dir / FILE_NAME, resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = path.read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"File too large: '.*{FILE_NAME}'"):
+            drop_from_step(path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before and list(run_dir.iterdir()) == [path]
+    assert drop_from_step(path, 2) == 2  # somebody made room
