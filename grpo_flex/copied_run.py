@@ -1,8 +1,8 @@
 """A run's directory copied elsewhere, for nodes that do not outlive the run: a folder, S3, GCS, whatever fsspec knows.
 
 A copy is what its manifest, ``mirror.json``, says: which files, of which size, under which name. It is written last. A
-file that has changed is written beside the one that the manifest names, never over it, and what no manifest names any more
-is removed afterwards. So an upload that is killed at any byte leaves the copy as it was.
+file that has changed is written beside the one that the manifest names, never over it. What no manifest names any more, or
+what uploads that failed left there, is removed afterwards. So an upload that is killed at any byte leaves the copy as it was.
 """
 
 from __future__ import annotations
@@ -222,6 +222,11 @@ class Copy:
         self.fs.pipe_file(half, json.dumps(asdict(manifest), indent=1).encode())
         if self.local:
             os.replace(half, path)
+
+    def names(self) -> list[str]:
+        """Of all files that lie there, whether they belong to the copy or not."""
+        self.fs.invalidate_cache()  # a listing from before what was written since
+        return [path.removeprefix(f"{self.root}/") for path in self.fs.find(self.root)]
 
     def remove(self, at: str) -> None:
         with suppress(FileNotFoundError):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -123,7 +124,9 @@ class Mirror:
         self._copy.describe(new)
         self._done = new
         write_record(self._run_dir, new, self._copy.url)
-        for at in sorted({f.at for f in old.files.values()} - {f.at for f in files.values()}):
+        known = {f.at for f in old.files.values()}
+        left = {at for at in self._copy.names() if _is_left_over(at, old.files.keys() | files)}
+        for at in sorted((known | left) - {f.at for f in files.values()}):
             self._copy.remove(at)
 
     def _failed(self, error: Exception) -> None:
@@ -132,6 +135,16 @@ class Mirror:
     def _stays(self) -> str:
         now = f"is of step {self._done.step}" if self._done.number else "holds nothing"
         return f"it {now} until the next one, after the next checkpoint or by a resume"
+
+
+def _is_left_over(at: str, names: Collection[str]) -> bool:
+    """Whether a name is one that uploads alone give, if no manifest has it: other files there are somebody else's."""
+    own = _AGAIN.fullmatch(at)
+    return bool(_CHECKPOINT.fullmatch(at)) or (own is not None and own[1] in names)
+
+
+_AGAIN = re.compile(r"(.+)\.copy\d+")
+_CHECKPOINT = re.compile(r"checkpoints/step_\d+/[^/]+")
 
 
 class _Snapshot:

@@ -46,6 +46,14 @@ def brought_back(place: Path, folder: Path) -> dict[str, bytes]:
     return content(folder / "one")
 
 
+def there(place: Path) -> set[str]:
+    return {p.relative_to(place / "one").as_posix() for p in (place / "one").rglob("*") if p.is_file()}
+
+
+def described(place: Path) -> set[str]:
+    return {MANIFEST, *(f.at for f in Copy.at(f"{place}/one").described().files.values())}
+
+
 class Told(list[str]):
     def __call__(self, text: str) -> None:
         self.append(text)
@@ -87,9 +95,7 @@ def test_a_copy_writes_what_is_new_or_changed_and_drops_what_was_thinned_out(
     new = ("checkpoints/step_000003/learner.pt", "checkpoints/step_000003/checkpoint.json", "samples/step_3.png")
     assert sorted(written) == sorted((*new, "config.json.copy2", "metrics.jsonl.copy2", "placement.txt.copy2"))
     assert brought_back(place, tmp_path / "back") == content(run_dir)
-    there = {p.relative_to(place / "one").as_posix() for p in (place / "one").rglob("*") if p.is_file()}
-    manifest = Copy.at(f"{place}/one").described()
-    assert there == {MANIFEST, *(f.at for f in manifest.files.values())} and manifest.step == 3
+    assert there(place) == described(place) and Copy.at(f"{place}/one").described().step == 3
     assert not (place / "one" / "checkpoints" / "step_000001").exists()
 
 
@@ -133,14 +139,33 @@ def test_an_upload_that_is_cut_anywhere_leaves_the_copy_before_it_and_is_made_up
     with pytest.MonkeyPatch.context() as monkeypatch:
         Broken(at, RuntimeError).patch(monkeypatch)
         mirror.finish()
-    described = at > 6  # six files are written before the manifest
-    assert brought_back(place, tmp_path / "back") == (content(run_dir) if described else before)
+    whole = at > 6  # six files are written before the manifest
+    assert brought_back(place, tmp_path / "back") == (content(run_dir) if whole else before)
     (text,) = told or [""]  # with enough operations nothing fails
     if told:
-        assert f"failed (RuntimeError: the line); it is of step {3 if described else 2} until" in text
+        assert f"failed (RuntimeError: the line); it is of step {3 if whole else 2} until" in text
     for again in (mirror, Mirror(str(place), run_dir, told)):  # in this process, or after a resume
         again.finish()
         assert brought_back(place, tmp_path / "back") == content(run_dir)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_copy_removes_what_those_that_failed_have_left_and_nothing_else(tmp_path: Path, resumed: bool) -> None:
+    run_dir, place, mirror, told = mirrored(tmp_path, steps=2)
+    for step in (3, 4, 5):  # the first of them is thinned out before a copy succeeds
+        advance(run_dir, step)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            Broken(6, RuntimeError).patch(monkeypatch)
+            mirror.finish()
+    assert {"checkpoints/step_000003/learner.pt", "metrics.jsonl.copy2", "metrics.jsonl.copy4"} <= there(place)
+    others = {"notes.txt", "notes.txt.copy1", "two/metrics.jsonl.copy1", "two/checkpoints/step_000001/learner.pt"}
+    for name in others:
+        (place / "one" / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / "one" / name).write_text("of somebody else")
+    (Mirror(str(place), run_dir, told) if resumed else mirror).finish()
+    assert len(told) == 3 and there(place) == described(place) | others
+    assert brought_back(place, tmp_path / "back") == content(run_dir)
+    assert not (place / "one" / "checkpoints" / "step_000003").exists()
 
 
 def test_the_cut_above_covers_every_operation(tmp_path: Path) -> None:
