@@ -11,18 +11,26 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from grpo_flex.config import ConfigError
 from grpo_flex.metrics import Row, check_run, curve, headline_key, keys_of, phase_seconds, read_metrics, step_seconds
 from grpo_flex.terminal import duration
 
 STATUS = "status.json"
 STATUS_EVERY = 1.0
 """Seconds between two writes of status.json, at least."""
+BEAT_S = 10.0
+"""Between two signs of life in status.json, however long a phase takes."""
+GONE_S = 60.0
+"""Without a sign for so long, a run on another host counts as dead: whether its process lives cannot be seen from here."""
 RECENT = 10
 """Steps over which the time of a step is averaged."""
 
 
 class StatusFile:
-    """status.json, written atomically and at most once a second; the last state always gets there."""
+    """status.json, written atomically, at most once a second, and from the first update on at least every ``BEAT_S``.
+
+    The last state always gets there.
+    """
 
     def __init__(self, run_dir: Path, clock: Callable[[], float]):
         self._path = run_dir / STATUS
@@ -32,10 +40,15 @@ class StatusFile:
         self._written = -STATUS_EVERY
         self._lock = threading.Lock()
         self._timer: threading.Timer | None = None
+        self._closed = threading.Event()
+        self._beat: threading.Thread | None = None
 
     def update(self, state: Mapping[str, Any]) -> None:
         with self._lock:
             self._state |= {**state, "time": time.time()}
+            if self._beat is None:
+                self._beat = threading.Thread(target=self._beats, name="status", daemon=True)
+                self._beat.start()
             wait = self._written + STATUS_EVERY - self._clock()
             if wait <= 0:
                 self._write()
@@ -45,6 +58,7 @@ class StatusFile:
                 self._timer.start()
 
     def close(self) -> None:
+        self._closed.set()
         with self._lock:
             if self._timer is not None:
                 self._timer.cancel()
@@ -56,6 +70,13 @@ class StatusFile:
             if self._timer is not None:
                 self._timer = None
                 self._write()
+
+    def _beats(self) -> None:
+        while not self._closed.wait(BEAT_S):
+            with self._lock:
+                if not self._closed.is_set():  # nothing may come after the farewell
+                    self._state["time"] = time.time()
+                    self._write()
 
     def _write(self) -> None:
         self._written = self._clock()
@@ -75,10 +96,21 @@ def _birth(pid: int) -> str:
 
 
 def running_pid(run_dir: Path) -> int | None:
-    """The process that works on a run at this moment on this machine, unless it is this one."""
+    """The process that works on a run at this moment on this machine, unless it is this one.
+
+    Raises:
+        ConfigError: one on another host does, or did until a moment ago.
+    """
     state = _read_json(run_dir / STATUS)
-    over = not state or state.get("phase") in ("finished", "stopped") or state["pid"] == os.getpid()
-    return None if over or not _alive(state) else int(state["pid"])
+    if not state or state.get("phase") in ("finished", "stopped"):
+        return None
+    if (alive := _alive(state)) is None and (left := GONE_S - (time.time() - state["time"])) > 0:
+        raise ConfigError(
+            f"{run_dir} is still running, or was until a moment ago, on another host ({state['host']}, process "
+            f"{state['pid']}, last sign {_ago(state['time'])}); stop it there. If that host is gone, try again in "
+            f"{duration(left)}, or remove {run_dir / STATUS} to go on at once"
+        )
+    return int(state["pid"]) if alive and state["pid"] != os.getpid() else None
 
 
 def _alive(state: Mapping[str, Any]) -> bool | None:

@@ -6,12 +6,14 @@ import io
 import json
 import os
 import re
+import time
 from pathlib import Path
 
 import pytest
 
+from grpo_flex.config import ConfigError
 from grpo_flex.console import Console
-from grpo_flex.status import status, summary
+from grpo_flex.status import GONE_S, StatusFile, _birth, running_pid, status, summary
 from grpo_flex.terminal import duration
 from tests.unit.run_stand_in import make_run
 
@@ -198,3 +200,58 @@ def test_status_without_status_json_and_of_no_run(tmp_path: Path) -> None:
     assert "step 0 of 20" in text and "wrote no status.json" in text and "none yet" in text
     with pytest.raises(ValueError, match="no such directory"):
         status(tmp_path / "nothing")
+
+
+ELSEWHERE = {"host": "elsewhere", "pid": os.getpid()}  # pids of two hosts have nothing in common
+
+
+@pytest.mark.parametrize(
+    ("change", "age", "found"),
+    [
+        ({}, 0, None),  # this process itself
+        ({"pid": os.getppid(), "started": _birth(os.getppid())}, 5000, os.getppid()),
+        ({"pid": os.getppid(), "started": "12"}, 0, None),
+        (ELSEWHERE, GONE_S + 1, None),
+        (ELSEWHERE | {"phase": "stopped"}, 0, None),
+    ],
+)
+def test_a_run_that_may_be_resumed_and_one_that_goes_on(
+    tmp_path: Path, change: dict[str, object], age: float, found: int | None
+) -> None:
+    left_by_a_run(tmp_path, change, age)
+    assert running_pid(tmp_path) == found
+
+
+def test_a_run_on_another_host_is_left_alone_while_it_gives_signs_of_life(tmp_path: Path) -> None:
+    left_by_a_run(tmp_path, ELSEWHERE, 15)
+    expected = rf"on another host \(elsewhere, .* last sign 15 s ago\).* try again in 45 s, or remove {tmp_path}/status"
+    with pytest.raises(ConfigError, match=expected):
+        running_pid(tmp_path)
+
+
+def left_by_a_run(run_dir: Path, change: dict[str, object], age: float) -> None:
+    file = StatusFile(run_dir, Clock())
+    file.update({"phase": "rollout"})
+    file.close()
+    path = run_dir / "status.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change | {"time": time.time() - age}))
+
+
+def test_signs_of_life_come_through_a_phase_and_end_with_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grpo_flex.status.BEAT_S", 0.02)
+
+    def sign() -> float:
+        return json.loads((tmp_path / "status.json").read_text())["time"]
+
+    with Console(10, run_dir=tmp_path, out=io.StringIO()) as console:
+        console.phase("rollout")
+        for _ in range(2):
+            before, until = sign(), time.monotonic() + 10
+            while sign() == before:
+                assert time.monotonic() < until
+                time.sleep(0.01)
+    last = sign()
+    time.sleep(0.1)
+    assert sign() == last
