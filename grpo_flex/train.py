@@ -121,7 +121,7 @@ class Trainer:
             Interrupted, JudgeAway, Starved: after which ``save`` keeps every completed step.
         """
         self._adapters.extend([self.cluster.publish()] * (self.config.sampling.lookahead + 1 - len(self._adapters)))
-        if self.log.last_step < 0:  # a run that was stopped in its first step has its step 0 already
+        if self.log.last_step < 0 and not self.step:  # one that was stopped in its first step has its step 0 already
             numbers = self.evaluate(self.cluster.publish_evaluation())
             self._check_watched(numbers)
             self.log.log(0, numbers)
