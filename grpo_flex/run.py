@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 RESUME_ME = 75
 """Exit status of an interrupted run (EX_TEMPFAIL): everything is saved, start it again with --resume."""
 SPACE_MB = 256
-"""Free space below which no run is started."""
+"""Free space below which no run is started or resumed."""
 
 
 def resumed_config(run_dir: Path, overrides: Sequence[str]) -> RunConfig:
@@ -98,6 +98,8 @@ def train(config: RunConfig, resume: Path | None = None) -> int:
         _check_basis(resume, done, state.get("basis", {}), basis)  # checkpoints of earlier versions hold none
     if done >= config.steps:
         raise ConfigError(f"{resume} has completed its {done} steps; to go on, give a larger number: steps={2 * done}")
+    if resume:
+        _check_space(resume, "then --resume")
     quieten()
     config.generator.check([*training, *heldout])
     check_room(config, _say)
@@ -191,7 +193,7 @@ def _assemble(
     if state is not None:  # a checkpoint that does not fit is refused here, before any file is touched
         cluster.load_learner_state(state)
     verdicts.drop_from_step(run_dir / verdicts.FILE_NAME, done + 1)
-    (run_dir / "config.json").write_text(to_json(config))
+    _rewrite(run_dir / "config.json", to_json(config))
     log = stack.enter_context(RunLog(run_dir, config, done if state else None, fps_of(config.generator)))
     console = stack.enter_context(Console(config.steps, done, run_dir.name, run_dir=run_dir))
     cluster.say = console.note
@@ -323,12 +325,7 @@ def _fresh_run_dir(config: RunConfig) -> Iterator[Path]:
     parent = Path(config.runs_dir)
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(parent).free // 2**20
-        if free < SPACE_MB:
-            raise ConfigError(
-                f"runs_dir '{parent}' has {free} MB free; a run needs at least {SPACE_MB} MB for pictures, verdicts and "
-                "checkpoints: free some, or give another place with runs_dir=…"
-            )
+        _check_space(parent, "or give another place with runs_dir=…")
         run_dir = _make_unused(parent / config.name, partial(_is_copied, config.checkpoint.mirror))
     except OSError as error:
         raise ConfigError(
@@ -339,6 +336,28 @@ def _fresh_run_dir(config: RunConfig) -> Iterator[Path]:
     finally:
         if not _has_metrics(run_dir):
             shutil.rmtree(run_dir)
+
+
+def _check_space(folder: Path, way_out: str) -> None:
+    """Raise ConfigError where a run would soon have no room."""
+    free = shutil.disk_usage(folder).free // 2**20
+    if free < SPACE_MB:
+        raise ConfigError(
+            f"runs_dir: '{folder}' has {free} MB free; a run needs at least {SPACE_MB} MB for pictures, verdicts and "
+            f"checkpoints: free some, {way_out}"
+        )
+
+
+def _rewrite(path: Path, text: str) -> None:
+    """Replace a file as a whole: after a kill or on a full disk it is the old one. It stays where nothing changes."""
+    if path.is_file() and path.read_text() == text:
+        return
+    half = path.with_name(f".{path.name}.part")
+    with half.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    half.replace(path)
 
 
 def _has_metrics(run_dir: Path) -> bool:

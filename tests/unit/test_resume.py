@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +13,15 @@ from typing import Any
 
 import pytest
 
-from grpo_flex import checkpoint
+from grpo_flex import checkpoint, run
 from grpo_flex.__main__ import main
 from grpo_flex.config import RunConfig
 from grpo_flex.config_file import to_json
 from grpo_flex.generators.flux import Flux
 from grpo_flex.prompts import read_prompts
 from grpo_flex.run import _basis
+from tests.configs import judge_of
+from tests.one_process import StandInJudge, in_one_process
 from tests.tiny import write_prompts
 
 Change = Callable[[Path, RunConfig], list[str]]
@@ -112,3 +116,55 @@ def test_a_checkpoint_of_an_earlier_version_says_nothing_of_it(
 ) -> None:
     assert main(["train", "--resume", str(stopped(own)), "steps=1", "seed=5"]) == 2
     assert GOES_ON in capsys.readouterr().err
+
+
+def free(monkeypatch: pytest.MonkeyPatch, megabytes: int) -> None:
+    usage = shutil._ntuple_diskusage(2**40, 2**40, megabytes * 2**20)  # pyright: ignore
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+
+
+def test_a_resume_needs_room_too(
+    own: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = stopped(own, basis=basis(own))
+    in_one_process(monkeypatch, StandInJudge(lambda _: 6))
+    free(monkeypatch, run.SPACE_MB - 1)
+    assert main(["train", "--resume", str(run_dir)]) == 2
+    out, err = capsys.readouterr()
+    assert f"'{run_dir}' has 255 MB free" in err and "free some, then --resume" in err and "resuming" not in out
+
+
+def test_a_disk_that_is_full_at_a_resume_leaves_the_configuration(
+    own: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run whose config.json is cut off can never be resumed."""
+    judge = replace(judge_of(own), server=None, endpoints=("http://judge/v1",))
+    in_one_process(monkeypatch, StandInJudge(lambda _: 6))
+    config = replace(own, steps=1, judge=judge, evaluation=replace(own.evaluation, versus_base=0))
+    assert run.train(config) == 0
+    path = Path(config.runs_dir) / config.name / "config.json"
+    before = path.read_text()
+    opened = Path.open
+
+    def full(self: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        file = opened(self, mode, *arguments, **options)  # which empties it
+        if "config.json" in self.name and "w" in mode:
+            file.close()
+            raise OSError(errno.ENOSPC, "No space left on device", str(self))
+        return file
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        assert main(["train", "--resume", str(path.parent), "steps=2"]) == 2
+    assert "No space left" in capsys.readouterr().err and path.read_text() == before
+    assert main(["train", "--resume", str(path.parent), "steps=2"]) == 0
+    assert json.loads(path.read_text())["steps"] == 2
+    assert not list(path.parent.glob(".config*"))
+
+
+def test_a_resume_that_changes_nothing_leaves_the_configuration_as_it_is(own: RunConfig, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    run._rewrite(path, to_json(own))
+    before = path.stat()
+    run._rewrite(path, to_json(own))
+    assert path.stat().st_ino == before.st_ino and path.stat().st_mtime_ns == before.st_mtime_ns
