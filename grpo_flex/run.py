@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 RESUME_ME = 75
 """Exit status of an interrupted run (EX_TEMPFAIL): everything is saved, start it again with --resume."""
+MEND_FIRST = 1
+"""Exit status of a run that gave up: everything is saved, but with --resume alone it would end so again."""
 SPACE_MB = 256
 """Free space below which no run is started or resumed."""
 
@@ -240,7 +242,8 @@ def _to_the_end(trainer: Trainer) -> int:
             trainer.run()
         except (Interrupted, JudgeAway, Starved, Stranded) as reason:
             trainer.console.note(f"stopped: {reason}" if str(reason) else "stopped on request")
-            status = RESUME_ME
+            hopeless = isinstance(reason, Starved | Stranded) and not trainer.stopping(SIGNAL_S)
+            status = MEND_FIRST if hopeless else RESUME_ME
         except RayError as error:
             if not trainer.stopping(SIGNAL_S):
                 raise _failure(trainer, error) from error

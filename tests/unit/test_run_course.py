@@ -124,13 +124,14 @@ def test_a_scorer_alone_is_a_reward_and_a_resume_goes_on_with_it(tmp_path: Path)
 
 
 def test_scorers_that_always_fail_stop_the_run_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run.train(scored(tmp_path, steps=9, scorers=(Moody(always=True),))) == run.RESUME_ME
+    assert run.train(scored(tmp_path, steps=9, scorers=(Moody(always=True),))) == run.MEND_FIRST
     rows = read_metrics(tmp_path / "runs" / "tiny")
     assert [row["step"] for row in rows] == [0, 1, 2] and rows[1]["policy/skipped_updates"] == 1
     assert rows[0]["heldout/oracle"] == rows[2]["heldout/oracle"]  # nothing was learnt from nothing
     out = capsys.readouterr().out
     assert "the scorer moody failed for every sibling (RuntimeError: not in the mood)" in out
     assert "no sibling got a reward in 3 steps running" in out and "then resume" in out
+    assert f"python -m grpo_flex train --resume {tmp_path / 'runs' / 'tiny'}" in out
 
 
 def test_a_run_whose_held_out_score_falls_stops_early(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from grpo_flex import checkpoint, run
 from grpo_flex.config import Adapter, Checkpoint
+from grpo_flex.fleet import Stranded
 from grpo_flex.judge_server import JudgeAway
 from grpo_flex.train import Interrupted, Starved, Trainer
 from grpo_flex.types import Adapter as Adapters
@@ -63,11 +64,24 @@ def test_a_run_that_is_done(tmp_path: Path) -> None:
     assert end(stand) == 0 and stand.done == ["adapter", "judge"]
 
 
-@pytest.mark.parametrize("reason", [Interrupted(), JudgeAway("no judge"), Starved("no reward")])
-def test_a_run_that_is_stopped_saves(tmp_path: Path, reason: Exception) -> None:
+@pytest.mark.parametrize(
+    ("reason", "status"),
+    [
+        (Interrupted(), run.RESUME_ME),
+        (JudgeAway("no judge"), run.RESUME_ME),
+        (Starved("no reward"), run.MEND_FIRST),
+        (Stranded("no worker"), run.MEND_FIRST),
+    ],
+)
+def test_a_run_that_is_stopped_saves(tmp_path: Path, reason: Exception, status: int) -> None:
+    """What starts a run again at status 75 would go on for ever with one that ends so each time."""
     stand = Stand(tmp_path, reason)
-    assert end(stand) == run.RESUME_ME and stand.done == ["checkpoint", "adapter", "judge"]
+    assert end(stand) == status and stand.done == ["checkpoint", "adapter", "judge"]
     assert stand.notes == [f"stopped: {reason}" if str(reason) else "stopped on request"]
+
+
+def test_workers_that_a_signal_took_along_are_no_reason_to_give_up(tmp_path: Path) -> None:
+    assert end(Stand(tmp_path, Stranded("no worker"), stopping=True)) == run.RESUME_ME
 
 
 @pytest.mark.parametrize("reason", [Interrupted(), DEAD, LOST], ids=["wait", "update", "object"])
