@@ -41,7 +41,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from grpo_flex.run import fetch, resumed, train
+    from grpo_flex.run import resumed, train
 
     words = [w for w in arguments.experiment_and_overrides if w]
     if arguments.resume:
@@ -52,9 +52,7 @@ def _train(arguments: argparse.Namespace) -> int:
     config.validate()
     if arguments.dry_run:
         return _dry_run(config)
-    if resume:
-        fetch(arguments.resume, resume)
-    return train(config, resume)
+    return train(config, resume, arguments.resume or "")
 
 
 def _experiment(words: list[str], first: Sequence[str] = ()) -> RunConfig:

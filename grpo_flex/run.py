@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from grpo_flex import checkpoint, verdicts
@@ -81,12 +82,34 @@ def fetch(where: str, run_dir: Path) -> None:
     Copy.at(where).bring_back(run_dir)
 
 
-def train(config: RunConfig, resume: Path | None = None) -> int:
+def train(config: RunConfig, resume: Path | None = None, where: str = "") -> int:
     """Run an experiment to its end, or until it is interrupted. Returns the process's exit status.
+
+    Args:
+        resume: the directory of the run that goes on.
+        where: what names that run; if it is a copy, it is brought back first.
 
     Raises:
         ConfigError, CheckpointError, MirrorError: nothing was started and nothing is left behind.
+        KeyboardInterrupt: a Ctrl-C outside of the loop, or a SIGTERM where nothing can be resumed.
     """
+    signals = _Signals()
+    signals.heed()
+    try:
+        if resume and where:
+            fetch(where, resume)
+        return _train(config, resume, signals)
+    except KeyboardInterrupt:
+        there = resume if resume and checkpoint.complete(resume) else where if where and is_copy(where) else None
+        if not (signals.terminated and there):
+            raise
+        _say(f"stopped on request; the last checkpoint stands: python -m grpo_flex train --resume {there}")
+        return RESUME_ME
+    finally:
+        signals.leave()
+
+
+def _train(config: RunConfig, resume: Path | None, signals: _Signals) -> int:
     config.validate()
     to_json(config)  # refuses, before anything is started, what a resume could not read back
     heldout = read_prompts(config.prompts.heldout, "prompts.heldout")
@@ -107,23 +130,41 @@ def train(config: RunConfig, resume: Path | None = None) -> int:
     check_room(config, _say)
     if place := config.checkpoint.mirror:
         check_writable(place)
-    _unwind_on_signals()
     with ExitStack() as stack:
         run_dir = resume or stack.enter_context(_fresh_run_dir(config))
         mirror = stack.enter_context(Mirror(place, run_dir, _say)) if place else None
         _say(f"{'resuming' if resume else 'starting'} {run_dir}: judge, rollout workers and learner …")
-        trainer = _assemble(stack, config, run_dir, prompts, heldout, done, state, basis)
+        trainer = _assemble(stack, config, run_dir, prompts, heldout, done, state, basis, signals)
         if mirror is not None:
             trainer.mirror, mirror.say = mirror, trainer.console.note
         status = _run_to_the_end(trainer)
+        signals.over = True
     _finish(run_dir, config, status, mirror)
     return status
 
 
-def _unwind_on_signals() -> None:
-    """Until the loop has its own handlers, a SIGTERM unwinds like a Ctrl-C and leaves nothing half made."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a background job of a shell is started deaf to it
-        signal.signal(number, signal.default_int_handler)
+class _Signals:
+    """Outside of the loop, which has its own handlers, a SIGTERM unwinds like a Ctrl-C and leaves nothing half made."""
+
+    def __init__(self) -> None:
+        self.terminated = False
+        """Whether it was a SIGTERM: Ray replaces an exception that meets it by a plain KeyboardInterrupt."""
+        self.over = False
+        """Whether the run ends anyhow: then a SIGTERM asks for nothing more."""
+        self._before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def heed(self) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell is started deaf to it
+        signal.signal(signal.SIGTERM, self._terminate)
+
+    def leave(self) -> None:
+        for number, handler in self._before:
+            signal.signal(number, handler)
+
+    def _terminate(self, number: int, frame: FrameType | None) -> None:
+        if not self.over:
+            self.terminated = True
+            raise KeyboardInterrupt
 
 
 def _basis(config: RunConfig, train: Sequence[Prompt], heldout: Sequence[Prompt]) -> dict[str, str]:
@@ -161,6 +202,7 @@ def _assemble(
     done: int,
     state: dict[str, Any] | None,
     basis: Mapping[str, str],
+    signals: _Signals,
 ) -> Trainer:
     """Start everything; the stack stops it again in reverse order. Heavy imports happen here."""
     from grpo_flex.cluster import Cluster
@@ -177,7 +219,7 @@ def _assemble(
     taken, needed = gpus_of(judge), in_all(seats(config), "GPU")
     left = apart(config, taken, needed, _say)
     reserved = stack.enter_context(Reservation(config, left))  # before a judge is started, which takes minutes
-    _unwind_on_signals()  # Ray has its own idea of SIGTERM
+    signals.heed()  # Ray has its own idea of SIGTERM
     start = partial(_judge_server, judge, run_dir)
     # On a GPU of the others' a judge comes first, because it takes a share of what it finds free; else they load beside it.
     # One that does not say which it takes may take any.

@@ -1,0 +1,96 @@
+"""SIGTERM where the loop's own handlers are not there: while a run is brought back, waits for nodes or loads its models."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from grpo_flex import report, run
+from grpo_flex.__main__ import main
+from grpo_flex.config import RunConfig
+from grpo_flex.copied_run import Copy
+from tests.configs import judge_of
+from tests.one_process import OneProcess, StandInJudge, in_one_process
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """A run leaves those of whoever called it."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.fixture
+def own(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    """One step, in this process."""
+    in_one_process(monkeypatch, StandInJudge(lambda _: 6))
+    judge = replace(judge_of(config), server=None, endpoints=("http://judge/v1",))
+    return replace(
+        config,
+        steps=1,
+        runs_dir=str(tmp_path / "runs"),
+        judge=judge,
+        evaluation=replace(config.evaluation, versus_base=0),
+    )
+
+
+def send(number: int) -> None:
+    """Ray's waiting ends with a KeyboardInterrupt of its own, whatever the handler raised."""
+    try:
+        os.kill(os.getpid(), number)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt from None
+
+
+def while_models_load(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    monkeypatch.setattr(OneProcess, "wait_until_ready", lambda _: send(number))
+
+
+def test_a_resume_that_is_terminated_while_it_starts_asks_to_be_resumed(
+    own: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run.train(own) == 0
+    run_dir = Path(own.runs_dir) / own.name
+    while_models_load(monkeypatch, signal.SIGTERM)
+    capsys.readouterr()
+    assert main(["train", "--resume", str(run_dir), "steps=2"]) == run.RESUME_ME
+    out, err = capsys.readouterr()
+    assert f"the last checkpoint stands: python -m grpo_flex train --resume {run_dir}" in out and not err
+
+
+def test_a_ctrl_c_there_and_a_run_without_a_checkpoint_stop_at_once(
+    own: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        while_models_load(patch, signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            run.train(own)
+    assert not list(Path(own.runs_dir).iterdir())
+    assert run.train(own) == 0
+    while_models_load(monkeypatch, signal.SIGINT)
+    assert main(["train", "--resume", str(Path(own.runs_dir) / own.name), "steps=2"]) == 130
+
+
+def test_a_run_that_is_terminated_while_it_is_brought_back_asks_to_be_resumed_from_its_copy(
+    own: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mirror = f"file://{tmp_path}/mirror"
+    assert run.train(replace(own, checkpoint=replace(own.checkpoint, mirror=mirror))) == 0
+    run_dir, where = Path(own.runs_dir) / own.name, f"{mirror}/{own.name}"
+    run_dir.rename(tmp_path / "gone")
+    monkeypatch.setattr(Copy, "bring_back", lambda *_: send(signal.SIGTERM))
+    assert main(["train", "--resume", where, "steps=2"]) == run.RESUME_ME
+    assert f"train --resume {where}" in capsys.readouterr().out
+
+
+def test_a_run_that_is_over_is_not_disturbed(
+    own: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "write_report", lambda _: send(signal.SIGTERM))
+    assert run.train(own) == 0
