@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -28,6 +29,7 @@ from grpo_flex.types import Adapter
 if TYPE_CHECKING:
     from ray.exceptions import RayError
 
+    from grpo_flex.cluster import Cluster
     from grpo_flex.console import Console
     from grpo_flex.judge_server import JudgeServer
     from grpo_flex.train import Trainer
@@ -121,7 +123,8 @@ def _train(config: RunConfig, resume: Path | None, signals: _Signals) -> int:
     basis = _basis(config, prompts.prompts, heldout)
     if resume and state:
         _check_basis(resume, done, state.get("basis", {}), basis)  # checkpoints of earlier versions hold none
-    if done >= config.steps:
+    over = done >= config.steps
+    if over and resume and _is_exported(resume, config):
         raise ConfigError(f"{resume} has completed its {done} steps; to go on, give a larger number: steps={2 * done}")
     if resume:
         _check_space(resume, "then --resume")
@@ -133,11 +136,19 @@ def _train(config: RunConfig, resume: Path | None, signals: _Signals) -> int:
     with ExitStack() as stack:
         run_dir = resume or stack.enter_context(_fresh_run_dir(config))
         mirror = stack.enter_context(Mirror(place, run_dir, _say)) if place else None
-        _say(f"{'resuming' if resume else 'starting'} {run_dir}: judge, rollout workers and learner …")
-        trainer = _assemble(stack, config, run_dir, prompts, heldout, done, state, basis, signals)
-        if mirror is not None:
-            trainer.mirror, mirror.say = mirror, trainer.console.note
-        status = _run_to_the_end(trainer)
+        if over:
+            assert state is not None
+            _say(
+                f"{run_dir} has completed its {done} steps, but its {config.adapter.folder} is missing or older; exporting …"
+            )
+            _export_only(stack, config, run_dir, done, state, signals)
+            status = 0
+        else:
+            _say(f"{'resuming' if resume else 'starting'} {run_dir}: judge, rollout workers and learner …")
+            trainer = _assemble(stack, config, run_dir, prompts, heldout, done, state, basis, signals)
+            if mirror is not None:
+                trainer.mirror, mirror.say = mirror, trainer.console.note
+            status = _run_to_the_end(trainer)
         signals.over = True
     _finish(run_dir, config, status, mirror)
     return status
@@ -250,6 +261,56 @@ def _assemble(
     )  # fmt: skip
 
 
+def _export_only(
+    stack: ExitStack, config: RunConfig, run_dir: Path, done: int, state: dict[str, Any], signals: _Signals
+) -> None:
+    """Write what a completed run did not come to write; of its processes only the learners are started.
+
+    Raises:
+        ValueError: a learner failed.
+    """
+    from ray.exceptions import RayError
+
+    from grpo_flex.cluster import Cluster
+    from grpo_flex.console import Console
+    from grpo_flex.placement import Reservation
+
+    place = replace(config.placement, rollout_workers=0, rollout_workers_max=0)
+    alone = replace(config, placement=place, scorers=(), sampling=replace(config.sampling, batch_tokens=0))
+    reserved = stack.enter_context(Reservation(alone))
+    signals.heed()  # Ray has its own idea of SIGTERM
+    cluster = stack.enter_context(Cluster(alone, reserved))
+    console = stack.enter_context(Console(config.steps, done, run_dir.name, run_dir=run_dir))
+    cluster.say = console.note
+    try:
+        cluster.wait_until_ready()
+        cluster.load_learner_state(state)
+        _export(cluster, run_dir, config)
+    except RayError as error:
+        again = f"python -m grpo_flex train --resume {run_dir}"
+        raise ValueError(f"{_died(error)}\nnothing was exported; once the cause is gone: {again}") from error
+
+
+def _export(cluster: Cluster, run_dir: Path, config: RunConfig) -> None:
+    """Write the result's files, as a whole or not at all: what is there already is whole."""
+    folder = run_dir / config.adapter.folder
+    aside = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        cluster.save_adapter(aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _is_exported(run_dir: Path, config: RunConfig) -> bool:
+    """Whether the result is that of the newest checkpoint, which is written first."""
+    written = [file.stat().st_mtime_ns for file in (run_dir / config.adapter.folder).rglob("*") if file.is_file()]
+    saved = [file.stat().st_mtime_ns for file in checkpoint.complete(run_dir)[-1].iterdir()]
+    return min(written, default=0) >= max(saved)
+
+
 def _show_seating(seating: Sequence[tuple[str, str, str]], run_dir: Path, console: Console) -> None:
     """Print who sits where, and keep it in placement.txt."""
     rows = [("process", "node", "reserved"), *seating]
@@ -282,6 +343,7 @@ def _to_the_end(trainer: Trainer) -> int:
     with signals(trainer):
         try:
             trainer.run()
+            _export(trainer.cluster, trainer.log.run_dir, trainer.config)
         except (Interrupted, JudgeAway, Starved, Stranded) as reason:
             trainer.console.note(f"stopped: {reason}" if str(reason) else "stopped on request")
             hopeless = isinstance(reason, Starved | Stranded) and not trainer.stopping(SIGNAL_S)
@@ -293,9 +355,7 @@ def _to_the_end(trainer: Trainer) -> int:
             status = RESUME_ME
         if status and not _saved(trainer):
             return status
-    if not status:
-        trainer.cluster.save_adapter(trainer.log.run_dir / trainer.config.adapter.folder)
-    trainer.cluster.close_judge()
+        trainer.cluster.close_judge()
     return status
 
 
@@ -309,7 +369,7 @@ def _saved(trainer: Trainer) -> bool:
         trainer.console.note("the learner has ended too; the last checkpoint stands")
         return False
     try:
-        trainer.cluster.save_adapter(trainer.log.run_dir / trainer.config.adapter.folder)
+        _export(trainer.cluster, trainer.log.run_dir, trainer.config)
     except RayError:
         trainer.console.note(f"the learner has ended too; {where} is complete, the exported adapter is an older one")
         return False
@@ -318,6 +378,11 @@ def _saved(trainer: Trainer) -> bool:
 
 def _failure(trainer: Trainer, error: RayError | OSError) -> ValueError:
     """What the user is told of what ended the run; the completed steps are saved where that is possible."""
+    return ValueError(f"{_died(error)}\n{_kept(trainer)}")
+
+
+def _died(error: RayError | OSError) -> str:
+    """What went wrong, in words."""
     from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
     cause = error.cause if isinstance(error, RayTaskError) else error
@@ -325,7 +390,7 @@ def _failure(trainer: Trainer, error: RayError | OSError) -> ValueError:
     what = f"a process of the run died: {_first_line(cause)}" if died else f"{type(cause).__name__}: {cause}"
     if isinstance(cause, ObjectLostError):
         what = "a node has ended with something on it that nobody else has: an adapter, or the learners' newest state"
-    return ValueError(f"{what}\n{_kept(trainer)}")
+    return what
 
 
 def _kept(trainer: Trainer) -> str:
@@ -342,7 +407,8 @@ def _kept(trainer: Trainer) -> str:
         kept = "nothing more could be saved; the last checkpoint stands"
     if not (_has_metrics(run_dir) and checkpoint.complete(run_dir)):
         return "no step was saved; once the cause is gone, start the run anew"
-    return f"{kept}; once the cause is gone: python -m grpo_flex train --resume {run_dir}"
+    then = " exports the result" if trainer.step >= trainer.config.steps else ""
+    return f"{kept}; once the cause is gone: python -m grpo_flex train --resume {run_dir}{then}"
 
 
 def _first_line(error: BaseException) -> str:

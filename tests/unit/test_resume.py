@@ -37,9 +37,11 @@ def own(config: RunConfig, tmp_path: Path) -> RunConfig:
 
 
 def stopped(config: RunConfig, **state: Any) -> Path:
-    """The directory of a run with one step done."""
+    """The directory of a run with one step done, and exported."""
     run_dir = Path(config.runs_dir) / config.name
     checkpoint.save(run_dir, 1, state, keep=1)
+    (run_dir / "adapter").mkdir()
+    (run_dir / "adapter" / "pytorch_lora_weights.safetensors").write_text("")
     (run_dir / "config.json").write_text(to_json(config))
     return run_dir
 

@@ -33,10 +33,8 @@ class Stand:
         self.step = 3
         self.log = SimpleNamespace(run_dir=folder, last_step=3)
         (folder / "metrics.jsonl").write_text('{"step": 3}\n')
-        self.config = SimpleNamespace(adapter=Adapter())
-        self.cluster = SimpleNamespace(
-            save_adapter=lambda _: self.done.append("adapter"), close_judge=lambda: self.done.append("judge")
-        )
+        self.config = SimpleNamespace(adapter=Adapter(), steps=3)
+        self.cluster = SimpleNamespace(save_adapter=self.export, close_judge=lambda: self.done.append("judge"))
 
     def run(self) -> None:
         if self.ends is not None:
@@ -47,6 +45,10 @@ class Stand:
             raise RayActorError
         self.done.append("checkpoint")
         checkpoint.save(self.log.run_dir, self.step, {}, keep=1)
+
+    def export(self, folder: Path) -> None:
+        folder.mkdir()
+        self.done.append("adapter")
 
     def stop(self) -> None:
         self.asked = True
