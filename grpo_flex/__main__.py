@@ -41,18 +41,23 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from grpo_flex.run import resumed, train
+    from grpo_flex.run import newest, resumed, train
 
     words = [w for w in arguments.experiment_and_overrides if w]
-    if arguments.resume:
+    where = arguments.resume or ""
+    if arguments.resume_if_there:
+        config = _experiment(words, _model(arguments))
+        config.validate()
+        where = newest(config)
+    if where:
         words = words if not words or "=" in words[0] else words[1:]
-        resume, config = resumed(arguments.resume, [*_model(arguments), *words])
+        resume, config = resumed(where, [*_model(arguments), *words])
     else:
         resume, config = None, _experiment(words, _model(arguments))
     config.validate()
     if arguments.dry_run:
         return _dry_run(config)
-    return train(config, resume, arguments.resume or "")
+    return train(config, resume, where)
 
 
 def _experiment(words: list[str], first: Sequence[str] = ()) -> RunConfig:
@@ -182,7 +187,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="EXPERIMENT [field=value …]",
         help="e.g. experiments/shapes_image.py optimizer.lr=1e-4",
     )
-    train.add_argument("--resume", metavar="RUN", help="continue runs/NAME, or a copy like s3://bucket/runs/NAME")
+    again = train.add_mutually_exclusive_group()
+    again.add_argument("--resume", metavar="RUN", help="continue runs/NAME, or a copy like s3://bucket/runs/NAME")
+    again.add_argument(
+        "--resume-if-there",
+        action="store_true",
+        help="continue the experiment's newest run that has a checkpoint, in runs_dir or else in the mirror; without one, "
+        "start anew: for jobs that are started again by the same command",
+    )
     train.add_argument("--dry-run", action="store_true", help="check and print the configuration, start nothing")
     train.set_defaults(run=_train)
 

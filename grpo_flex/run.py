@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from grpo_flex import checkpoint, verdicts
 from grpo_flex.config import ConfigError, Judge, RunConfig
 from grpo_flex.config_file import from_json, to_json
-from grpo_flex.copied_run import Copy, check_writable, is_copy, problem
+from grpo_flex.copied_run import MANIFEST, Copy, MirrorError, check_writable, is_copy, problem, reason
 from grpo_flex.generators.encodings import report
 from grpo_flex.mirror import Mirror
 from grpo_flex.overrides import override
@@ -71,6 +72,28 @@ def resumed(where: str, overrides: Sequence[str]) -> tuple[Path, RunConfig]:
     config = override(from_json(copy.config()), overrides)
     run_dir = Path(config.runs_dir) / name
     return run_dir, resumed_config(run_dir, overrides) if copy.is_here(run_dir) else config
+
+
+def newest(config: RunConfig) -> str:
+    """Where the newest run of that name can be resumed: ``runs_dir``, or else the mirror; "" where there is none.
+
+    Raises:
+        MirrorError: the mirror cannot be read.
+    """
+    numbered = re.compile(re.escape(config.name) + r"(?:-(\d+))?")
+    there = Path(config.runs_dir)
+    here = [path for path in there.glob("*") if numbered.fullmatch(path.name) and checkpoint.complete(path)]
+    if here:
+        return str(max(here, key=lambda path: checkpoint.complete(path)[-1].stat().st_mtime_ns))
+    if not (place := config.checkpoint.mirror):
+        return ""
+    copy = Copy.at(place)
+    try:
+        found = [Path(path).parent.name for path in copy.fs.glob(copy.path(f"{config.name}*/{MANIFEST}"))]
+    except Exception as error:  # each back-end has errors of its own
+        raise MirrorError(f"{place} cannot be read ({reason(error)})") from error
+    copies = [match for name in found if (match := numbered.fullmatch(name))]
+    return f"{place.rstrip('/')}/{max(copies, key=lambda m: int(m[1] or 1))[0]}" if copies else ""
 
 
 def fetch(where: str, run_dir: Path) -> None:
