@@ -26,6 +26,8 @@ from reward_server.presets import PRESETS, Preset, preset_of
 ROOT = Path(__file__).resolve().parents[1]
 LOCAL_RAY = "none"
 """As ``ray_address``: no Ray, even if RAY_ADDRESS announces a cluster."""
+OWN_FLAGS = {"--host": "host", "--port": "port", "--model": "model", "--served-model-name": "served_name"}
+"""vLLM's flags that would bypass a check or lead the client astray -> the field to set instead; `serve` calls it alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,7 @@ class VllmJudge:
     gpu_memory: float = 0.9
     """Share of each GPU that vLLM takes."""
     extra: tuple[str, ...] = ()
-    """Further words of vLLM's command line; they come last and win."""
+    """Further words of vLLM's command line; they come last and win. What has a field here (``OWN_FLAGS``) is refused."""
     python: str = ".venv-judge/bin/python"
     """The Python of the environment that has vLLM; `make setup-judge` makes the default one."""
     api_key_env: str = "GRPO_FLEX_JUDGE_KEY"
@@ -103,6 +105,23 @@ class VllmJudge:
             yield "gpus", "is set together with device=cpu: choose one"
         if self.gpus and self.ray:
             yield "gpus", "is set, but Ray deals the GPUs to its actors: leave it empty, or set ray_address=none"
+        for word in self.extra:
+            if instead := self._instead(word):
+                yield (
+                    "extra",
+                    f"holds {word.partition('=')[0]}, but vLLM gets that from the judge's settings: {instead}",
+                )
+
+    def _instead(self, word: str) -> str:
+        """What to set in place of a word in ``extra`` that has no place there, else nothing."""
+        # vLLM's parser takes underscores for dashes, and the beginning of a flag for the whole.
+        flag = word.partition("=")[0].replace("_", "-")
+        if len(flag) < 3:
+            return ""
+        if "--api-key".startswith(flag):
+            return f"the key goes into the environment variable {self.api_key_env}"
+        found = [name for full, name in OWN_FLAGS.items() if full.startswith(flag)]
+        return f"set {found[0]} (serve: --{found[0].replace('_', '-')}, before the --)" if found else ""
 
     @property
     def ray(self) -> str:

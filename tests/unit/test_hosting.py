@@ -130,6 +130,33 @@ def test_impossible_settings_are_complaints() -> None:
     assert [name for name, _ in both.problems()] == ["gpus"]
 
 
+@pytest.mark.parametrize(
+    ("word", "way_out"),
+    [
+        ("--host", "set host (serve: --host, before the --)"),
+        ("--host=0.0.0.0", "set host"),
+        ("--hos", "set host"),  # argparse takes it for --host
+        ("--port", "set port"),
+        ("--model", "set model"),
+        ("--served_model_name", "set served_name (serve: --served-name, before the --)"),
+        ("--api-key=secret", f"the key goes into the environment variable {KEY}"),
+        ("--api_key", KEY),
+    ],
+)
+def test_vllms_own_flags_do_not_go_round_what_has_a_field(
+    word: str, way_out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ((field, complaint),) = VllmJudge(model="m", extra=("--seed", "3", word)).problems()
+    assert field == "extra" and way_out in complaint and "secret" not in complaint
+    assert main(["serve", "--preset", "think", "--device", "cpu", "--dry-run", "--", word, "0.0.0.0"]) == 2
+    assert way_out in capsys.readouterr().err
+
+
+def test_other_flags_of_vllm_are_passed_on() -> None:
+    extra = ("-tp", "2", "--hf-overrides", "{}", "--model-impl=vllm", "--port-like", "--host-name", "--", "x")
+    assert not list(VllmJudge(model="m", extra=extra).problems())
+
+
 def refusal(judge: VllmJudge, folder: Path) -> str:
     with pytest.raises(ValueError) as caught:
         judge.start(folder / "logs")
