@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import io
 import json
 import os
+import re
 import time
 import urllib.error
 import urllib.request
@@ -13,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from reward_server import machine
 from reward_server.families.base import FIRST, TIE, ChatFamily, Completion, Reply, json_object, side
@@ -239,14 +242,15 @@ def data_url(image: Image.Image) -> str:
 
 def served_model(endpoint: str) -> str:
     """The first model that the server lists. Raises ValueError where nobody answers."""
+    url = _base(endpoint) + "/models"
     try:
-        listed = json.loads(machine.get(_base(endpoint) + "/models", _key()))
+        listed = json.loads(machine.get(url, _key()))
         return str(listed["data"][0]["id"])
     except urllib.error.HTTPError as error:
         raise ValueError(_refused(endpoint, error)) from error
     except OSError as error:
         raise ValueError(_unreachable(endpoint, error)) from error
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(f"{endpoint} answers, but not as a judge's server does: no list of models") from error
 
 
@@ -270,7 +274,7 @@ def request_headers() -> dict[str, str]:
 
 
 def chat_url(endpoint: str) -> str:
-    """Where chat requests go."""
+    """Where chat requests go. Raises ValueError for an endpoint that is no address."""
     return _base(endpoint) + "/chat/completions"
 
 
@@ -278,11 +282,9 @@ def ask(asked: Comparison, family: ChatFamily, model: str, media: Sequence[Seque
     """One request. Raises ValueError for a judge that cannot be reached, refuses, or answers nonsense."""
     data = json.dumps(request_body(family, model, asked.prompt, media, asked.max_tokens)).encode()
     request = urllib.request.Request(chat_url(asked.endpoint), data=data, headers=request_headers())
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # judges are named by address
     start = time.monotonic()
     try:
-        with opener.open(request, timeout=asked.timeout_s) as response:
-            content = response.read()
+        content = machine.fetch(request, asked.timeout_s)
     except urllib.error.HTTPError as error:
         raise ValueError(_refused(asked.endpoint, error)) from error
     except OSError as error:
@@ -295,14 +297,16 @@ def read_answer(content: bytes, family: ChatFamily, endpoint: str, seconds: floa
     try:
         completion = json.loads(content)
         choice = completion["choices"][0]
-        text = choice["message"].get("content") or ""
+        text, finish_reason = choice["message"].get("content") or "", choice.get("finish_reason") or ""
+        if not (isinstance(text, str) and isinstance(finish_reason, str)):
+            raise TypeError("the reply is no text")
         first = ((choice.get("logprobs") or {}).get("content") or [{"top_logprobs": []}])[0]["top_logprobs"]
         likeliest = tuple((str(t["token"]), float(t["logprob"])) for t in first)
         usage = completion.get("usage") or {}
         tokens, prompt_tokens = (int(usage.get(name) or 0) for name in ("completion_tokens", "prompt_tokens"))
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{endpoint} answers, but not with a chat completion: {content[:200]!r}") from error
-    read = Completion(text=text, finish_reason=choice.get("finish_reason") or "", first_token=likeliest)
+    read = Completion(text=text, finish_reason=finish_reason, first_token=likeliest)
     return Answer(
         reply=family.read(read),
         text=text,
@@ -315,9 +319,20 @@ def read_answer(content: bytes, family: ChatFamily, endpoint: str, seconds: floa
 
 
 def _base(endpoint: str) -> str:
-    """ "http://host:8000" and "http://host:8000/v1/" mean the same."""
+    """ "http://host:8000" and "http://host:8000/v1/" mean the same. Raises ValueError for what is no address."""
+    if not _is_address(endpoint):
+        raise ValueError(f"the endpoint {endpoint!r} is no address: --endpoint needs one such as http://HOST:PORT/v1")
     url = endpoint.rstrip("/")
     return url if url.partition("://")[2].count("/") else url + "/v1"
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        host = (parts.hostname or "").encode("idna")
+        return bool(host and parts.scheme in ("http", "https") and parts.port != 0 and re.fullmatch("[!-~]+", url))
+    except ValueError:  # a port that is no number or too large, half of an IPv6 address, a host such as a..b
+        return False
 
 
 def _key() -> str:
@@ -330,7 +345,11 @@ def _unreachable(endpoint: str, error: OSError) -> str:
 
 
 def _refused(endpoint: str, error: urllib.error.HTTPError) -> str:
-    return refusal(endpoint, error.code, error.read(2000))
+    try:
+        said = error.read(2000)
+    except (OSError, http.client.HTTPException):
+        said = b""  # it broke off: the status is all there is to tell
+    return refusal(endpoint, error.code, said)
 
 
 def refusal(endpoint: str, status: int, content: bytes) -> str:
@@ -339,7 +358,7 @@ def refusal(endpoint: str, status: int, content: bytes) -> str:
     try:
         parsed = json.loads(said)
         said = str((parsed.get("error") or parsed)["message"])
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass  # then as it came
     hint = f"; is {KEY_NAME} set to the judge's key?" if status in (401, 403) else ""
     return f"the judge at {endpoint} refuses: HTTP {status} {said}{hint}"

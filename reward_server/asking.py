@@ -70,10 +70,15 @@ class Unanswered(Exception):
 
 
 class Asker:
-    """A connection to an endpoint; an async context manager."""
+    """A connection to an endpoint; an async context manager.
+
+    Raises:
+        ValueError: the endpoint is no address; without a model's name also where no judge answers.
+    """
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
+        self._url = chat_url(endpoint.url)
         self.model = endpoint.model or served_model(endpoint.url)
         self.answered = 0
         self._lost = 0  # questions without an answer since the last one that had one
@@ -133,7 +138,7 @@ class Asker:
 
         url, start = self.endpoint.url, time.monotonic()
         try:
-            async with self._session.post(chat_url(url), data=data) as response:
+            async with self._session.post(self._url, data=data) as response:
                 status, content = response.status, await response.read()
         except TimeoutError as error:
             raise Unanswered(f"no answer in {self.endpoint.timeout_s:g} s") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import ipaddress
 import os
 import re
@@ -90,7 +91,7 @@ def _hub_problem() -> str:
             return ""
     except urllib.error.HTTPError:
         return ""  # it answers
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         return f"the hub cannot be reached ({getattr(error, 'reason', error)})"
 
 
@@ -165,8 +166,16 @@ def outward_address() -> str:
 
 
 def get(url: str, key: str = "", timeout_s: float = 5.0) -> bytes:
-    """Body of an answer 200. Raises OSError (URLError, HTTPError) otherwise; no proxy: judges are named by address."""
+    """Body of an answer 200. Raises OSError as ``fetch`` does."""
     headers: Mapping[str, str] = {"Authorization": f"Bearer {key}"} if key else {}
+    return fetch(urllib.request.Request(url, headers=dict(headers)), timeout_s)
+
+
+def fetch(request: urllib.request.Request, timeout_s: float) -> bytes:
+    """Body of an answer 200. Raises OSError (URLError, HTTPError) otherwise; no proxy: judges are named by address."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(urllib.request.Request(url, headers=dict(headers)), timeout=timeout_s) as response:
-        return response.read()
+    try:
+        with opener.open(request, timeout=timeout_s) as response:
+            return response.read()
+    except http.client.HTTPException as error:  # another protocol, or an answer that breaks off
+        raise urllib.error.URLError(f"its answer is no whole HTTP response: {error!r}") from error

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -11,10 +14,13 @@ import pytest
 from PIL import Image
 
 from grpo_flex.judging import frame_indices
+from reward_server import machine
 from reward_server.__main__ import main
-from reward_server.ask import FAMILIES, Answer, data_urls, rows, sampled
+from reward_server.ask import FAMILIES, Answer, data_urls, read_answer, refusal, rows, sampled
+from reward_server.asking import Asker, Endpoint
 from reward_server.families.base import Reply
 from reward_server.families.edit import EditPoint
+from reward_server.families.flex import Flex
 from testbed import render, scenes
 from testbed.oracle_judge import OracleJudge
 
@@ -127,6 +133,102 @@ def test_what_is_wrong_is_said(
 ) -> None:
     assert judge(files, a, b, "--endpoint", "http://127.0.0.1:9", *words) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "foo", "127.0.0.1:8000", "ftp://127.0.0.1/v1", "http://", "http://127.0.0.1:abc/v1", "http://127.0.0.1:99999",
+        "http://[::1:8000", "http://a b/v1", "http://a..b/v1", "http://\u56fe/v1",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("named", [(), ("--model", "m")])  # the first request is the list of models, or the question
+def test_an_endpoint_that_is_no_address_is_said_to_be_none(
+    files: dict[str, str], capsys: pytest.CaptureFixture[str], endpoint: str, named: tuple[str, ...]
+) -> None:
+    assert judge(files, "right.png", "wrong.png", "--endpoint", endpoint, *named) == 2
+    said = capsys.readouterr().err
+    assert repr(endpoint) in said and "--endpoint needs one such as http://HOST:PORT/v1" in said
+    with pytest.raises(ValueError, match="--endpoint needs one"):
+        Asker(Endpoint(url=endpoint, model="m"))
+
+
+@contextmanager
+def answering(said: bytes) -> Iterator[str]:
+    """Endpoint of a server that says the same to everybody."""
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection:
+                connection.recv(2**20)
+                connection.sendall(said)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)  # ends accept()
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (b"SSH-2.0-OpenSSH_9.6\r\n", "BadStatusLine"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", "IncompleteRead"),
+        (b"HTTP/1.1 200 " + b"x" * 70_000 + b"\r\n\r\n", "LineTooLong"),
+    ],
+)
+@pytest.mark.parametrize("named", [(), ("--model", "m")])
+def test_another_protocol_is_no_judge(
+    files: dict[str, str], capsys: pytest.CaptureFixture[str], said: bytes, reason: str, named: tuple[str, ...]
+) -> None:
+    with answering(said) as endpoint:
+        assert judge(files, "wrong.png", "wrong.png", "--endpoint", endpoint, *named) == 2
+        with pytest.raises(OSError, match=reason):
+            machine.get(endpoint)
+    printed = capsys.readouterr().err
+    assert f"no judge answers at {endpoint}" in printed and reason in printed and "with --endpoint" in printed
+
+
+def test_a_refusal_that_breaks_off_is_still_one(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    with answering(b"HTTP/1.1 401 No\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab") as endpoint:
+        assert judge(files, "wrong.png", "wrong.png", "--endpoint", endpoint) == 2
+    assert "refuses: HTTP 401" in capsys.readouterr().err
+
+
+CHOICE = '{"choices": [{"message": {"content": %s}, "finish_reason": %s}], "usage": {"completion_tokens": %s}}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        CHOICE % ('[{"type": "text", "text": "yes"}]', '"stop"', "1"),
+        CHOICE % ("5", '"stop"', "1"),
+        CHOICE % ('"yes"', "[1]", "1"),
+        CHOICE % ('"yes"', '"stop"', "1e999"),
+        CHOICE % ('"yes"', '"stop"', '"many"'),
+        '{"choices": ' + "[" * 100_000,
+        '{"choices": []}',
+        "null",
+        "\ud800",
+    ],
+)
+def test_what_is_no_chat_completion_is_called_so(content: str) -> None:
+    for family in FAMILIES.values():
+        with pytest.raises(ValueError, match="http://x answers, but not with a chat completion"):
+            read_answer(content.encode(errors="surrogatepass"), family(), "http://x", 1.0)
+    assert refusal("http://x", 400, content[:100_000].encode(errors="replace")).startswith(
+        "the judge at http://x refuses"
+    )
+
+
+def test_a_completion_without_text_or_reason_is_read() -> None:
+    assert read_answer((CHOICE % ("null", "null", "null")).encode(), Flex(), "http://x", 1.0).text == ""
 
 
 def test_a_refusal_is_passed_on(endpoint: str, files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
