@@ -58,7 +58,8 @@ class Ledger:
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Appends a record; it stands in the file when this returns."""
-        self._file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+        line = json.dumps(record, ensure_ascii=False) + "\n"
+        self._file.write(line.encode(errors="backslashreplace"))  # half a surrogate pair becomes its JSON escape
         self._file.flush()
         self.done.add(self._key(record))
 

@@ -232,7 +232,7 @@ def write(path: str | Path, preferences: Sequence[Preference]) -> None:
     """Writes JSON lines of our own, with paths relative to the file's folder where they lie below it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:  # half a surrogate pair: its JSON escape
         for p in preferences:
             record = {
                 "id": p.id,

@@ -224,6 +224,12 @@ def test_an_unreadable_picture_is_set_aside_and_a_missing_one_refused(
             run([absent], settings(tmp_path, url))
 
 
+def test_half_a_surrogate_pair_comes_back_from_the_file(tmp_path: Path) -> None:
+    with Ledger(tmp_path / "l.jsonl") as ledger:
+        ledger.add({"id": "\u56fe", "text": "so \ud800"})
+        assert list(ledger) == [{"id": "\u56fe", "text": "so \ud800"}]
+
+
 def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
     with Ledger(tmp_path / "l.jsonl") as ledger:
         ledger.add({"id": "1"})
