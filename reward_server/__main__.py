@@ -111,8 +111,6 @@ def _judge_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _judge(arguments: argparse.Namespace, extra: list[str]) -> int:
-    from rich.console import Console
-
     from reward_server.ask import FAMILIES, Comparison, compare
 
     if extra:
@@ -120,9 +118,7 @@ def _judge(arguments: argparse.Namespace, extra: list[str]) -> int:
     if arguments.family not in FAMILIES:
         raise ValueError(f"no family {arguments.family!r}; there are {', '.join(FAMILIES)}")
     names = ("a", "b", "prompt", "family", "endpoint", "model", "prompt_file", "source", "both_orders", "max_tokens")
-    return compare(
-        Comparison(**{name: getattr(arguments, name) for name in names}), Console(markup=False, highlight=False)
-    )
+    return compare(Comparison(**{name: getattr(arguments, name) for name in names}), preference_commands.console())
 
 
 # ---------------------------------------------------------------- serve

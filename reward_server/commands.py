@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import random
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from reward_server.asking import Endpoint
     from reward_server.families.base import ChatFamily
     from reward_server.preferences import Preference
@@ -86,6 +89,15 @@ def _endpoint_arguments(parser: argparse.ArgumentParser, temperature: float, max
 
 
 # ---------------------------------------------------------------- what they share
+
+
+def console() -> Console:
+    """Standard output for tables: texts as they are, nothing in them is markup; what it cannot encode is escaped."""
+    from rich.console import Console
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    return Console(markup=False, emoji=False, highlight=False)
 
 
 def _endpoint(arguments: argparse.Namespace) -> Endpoint:
@@ -172,8 +184,6 @@ def _distill(arguments: argparse.Namespace, extra: list[str]) -> int:
 
 
 def _benchmark(arguments: argparse.Namespace, extra: list[str]) -> int:
-    from rich.console import Console
-
     from reward_server.asking import run_until_interrupted
     from reward_server.benchmark import DEFINITIONS, FIGURES, REPLIES, Questions, benchmark, table
 
@@ -190,8 +200,9 @@ def _benchmark(arguments: argparse.Namespace, extra: list[str]) -> int:
     preferences = _preferences(arguments)
     _check_wording(arguments, preferences)
     measured = run_until_interrupted(benchmark(preferences, asked))
-    (out / FIGURES).write_text(json.dumps(measured, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    Console(highlight=False).print(table(measured))
+    figures = json.dumps(measured, indent=1, ensure_ascii=False) + "\n"
+    (out / FIGURES).write_text(figures, encoding="utf-8", errors="backslashreplace")
+    console().print(table(measured))
     for name in ("accuracy", "accuracy_tie_half", "accuracy_with_ties"):
         print(f"{name}: {DEFINITIONS[name]}")
     for reason, count in measured["unanswered"].items():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import json
 import socket
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -163,9 +166,12 @@ def answering(said: bytes) -> Iterator[str]:
                 connection, _ = listener.accept()
             except OSError:
                 return
-            with connection:
-                connection.recv(2**20)
+            with connection, suppress(OSError):
+                connection.settimeout(5.0)
                 connection.sendall(said)
+                connection.shutdown(socket.SHUT_WR)
+                while connection.recv(2**20):
+                    pass  # closed with something unread, it would be a reset
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=serve, daemon=True).start()
@@ -199,6 +205,25 @@ def test_a_refusal_that_breaks_off_is_still_one(files: dict[str, str], capsys: p
     with answering(b"HTTP/1.1 401 No\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab") as endpoint:
         assert judge(files, "wrong.png", "wrong.png", "--endpoint", endpoint) == 2
     assert "refuses: HTTP 401" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_texts_are_printed_as_they_are(files: dict[str, str], monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+    said = {"reasoning": "[red]so[/b] :smile: \ud800", "score": [1, 2]}
+    reply = {"choices": [{"message": {"content": json.dumps(said)}}]}
+    odd = {"choices": [{"message": {"content": "[red]no[/b] \ud800"}}]}
+    for sent, status in ((reply, 0), (odd, 1)):
+        printed = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding=encoding))
+        body = json.dumps(sent).encode()
+        with answering(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)) as endpoint:
+            words = ["judge", files["wrong.png"], files["wrong.png"], "--prompt", "[red]p[/b] :smile: \udc80"]
+            more = ["--endpoint", endpoint, "--model", "m", "--family", "edit-point", "--source", files["right.png"]]
+            assert main([*words, *more]) == status
+        sys.stdout.flush()
+        text = printed.getvalue().decode(encoding)
+        assert "[red]p[/b] :smile: \\udc80" in text
+        assert ("[red]so[/b] :smile: \\ud800" if status == 0 else "[red]no[/b] \\ud800") in text
 
 
 CHOICE = '{"choices": [{"message": {"content": %s}, "finish_reason": %s}], "usage": {"completion_tokens": %s}}'
