@@ -7,7 +7,7 @@ candidate with P and the second with 1 - P.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -56,6 +56,12 @@ class RewardDance(ChatFamily):
     name: ClassVar[str] = "reward_dance"
 
     top_logprobs: int = 20
+    """Likeliest first tokens to read: 1 … 20, which is what servers give."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from super().problems()
+        if not 1 <= self.top_logprobs <= 20:
+            yield "top_logprobs", f"is {self.top_logprobs}; it needs to be 1 … 20, which is what servers give"
 
     def options(self) -> dict[str, Any]:
         return super().options() | {"logprobs": True, "top_logprobs": self.top_logprobs, "max_tokens": 1}

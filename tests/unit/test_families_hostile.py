@@ -389,6 +389,12 @@ def test_schemas_are_there_exactly_where_replies_are_json() -> None:
     assert RewardDance().options() == {"logprobs": True, "top_logprobs": 20, "max_tokens": 1}
 
 
+@pytest.mark.parametrize(("asked", "complaints"), [(0, 1), (1, 0), (20, 0), (21, 1)])
+def test_more_log_probabilities_than_servers_give_are_a_complaint(asked: int, complaints: int) -> None:
+    found = list(RewardDance(top_logprobs=asked).problems())
+    assert [(field, "1 … 20" in text) for field, text in found] == [("top_logprobs", True)] * complaints
+
+
 def test_a_users_own_schema_and_rubric(tmp_path: Path) -> None:
     schema = tmp_path / "s.json"
     schema.write_text('{"type": "object"}')
