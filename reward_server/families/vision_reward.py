@@ -128,8 +128,13 @@ class VisionReward(ChatFamily):
         return read_checklist(Path(self.checklist_file) if self.checklist_file else own)
 
     def wording(self) -> str:
+        text = super().wording()
+        if "{questions}" not in text:
+            raise ValueError(
+                f"is {self.prompt_file!r}, without a {{questions}} mark: the judge would not see the checklist"
+            )
         listed = "\n".join(f"{k}. {q.question}" for k, q in enumerate(self.checklist(), start=1))
-        return super().wording().replace("{questions}", listed)
+        return text.replace("{questions}", listed)
 
     def parse(self, text: str) -> Reply:
         questions = self.checklist()

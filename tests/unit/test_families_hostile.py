@@ -420,6 +420,15 @@ def test_a_useless_checklist_is_a_complaint(tmp_path: Path, content: str) -> Non
     assert field == "checklist_file" and str(path) in complaint
 
 
+def test_a_wording_without_room_for_the_checklist_is_a_complaint(tmp_path: Path) -> None:
+    without, good = tmp_path / "without.txt", tmp_path / "good.txt"
+    without.write_text("Is it good? {prompt}")
+    good.write_text("{questions}\n{prompt}")
+    ((field, complaint),) = VisionReward(prompt_file=str(without)).problems()
+    assert field == "prompt_file" and f"{str(without)!r}, without a {{questions}} mark" in complaint
+    assert not list(VisionReward(prompt_file=str(good)).problems())
+
+
 def test_a_checklist_is_weighed_by_hand_with_its_hierarchy() -> None:
     questions = VisionReward().checklist()
     answers = [q.id not in ("subject", "clean") for q in questions]
