@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -176,20 +177,20 @@ class ChatFamily:
             yield "prompt_file", str(error)
 
 
-_wordings: dict[tuple[str, int], str] = {}
-
-
+@cache
 def read_wording(path: Path) -> str:
-    """The text of a wording file, read once per version of the file. Raises ValueError with the way out."""
+    """The text of a wording file as this process first read it: a run asks its last question as it asked its first.
+
+    Raises:
+        ValueError: an unusable file, which is read again next time; the message says what it lacks.
+    """
     try:
-        key = (str(path), path.stat().st_mtime_ns)
-        if key not in _wordings:
-            _wordings[key] = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"is {str(path)!r}, which cannot be read as UTF-8 text: {error}") from error
-    if "{prompt}" not in _wordings[key]:
+    if "{prompt}" not in text:
         raise ValueError(f"is {str(path)!r}, without a {{prompt}} mark: the judge would not see the prompt")
-    return _wordings[key]
+    return text
 
 
 def user_message(media: Sequence[Sequence[str]], text: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -69,6 +70,18 @@ def _scores(
     return scores, odd
 
 
+@cache
+def read_schema(path: Path) -> dict[str, Any]:
+    """The schema of a file as this process first read it, like a wording. Raises ValueError for an unusable one."""
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(str(error)) from error
+    if not isinstance(read, dict):
+        raise ValueError("it holds no object")
+    return read
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Generic(ChatFamily):
     schema_file: str = ""
@@ -90,13 +103,7 @@ class _Generic(ChatFamily):
         """Raises ValueError for a schema file that cannot be read."""
         if not self.schema_file:
             return closed(**self._properties())
-        try:
-            read = json.loads(Path(self.schema_file).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(str(error)) from error
-        if not isinstance(read, dict):
-            raise ValueError("it holds no object")
-        return read
+        return read_schema(Path(self.schema_file))
 
     def _properties(self) -> dict[str, Any]:
         raise NotImplementedError

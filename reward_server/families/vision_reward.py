@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -75,20 +75,14 @@ def held(questions: Sequence[Question], answers: Sequence[bool]) -> tuple[bool, 
     return tuple(found[q.id] for q in questions)
 
 
+@cache
 def read_checklist(path: Path) -> tuple[Question, ...]:
-    """The questions of a file, read once per version of it. Raises ValueError naming what is wrong."""
-    try:
-        return _checklist(path, path.stat().st_mtime_ns)
-    except OSError as error:
-        raise ValueError(f"is {str(path)!r}, which cannot be read: {error}") from error
-
-
-@lru_cache(maxsize=16)
-def _checklist(path: Path, modified_ns: int) -> tuple[Question, ...]:
-    del modified_ns  # part of the cache's key only
+    """The questions of a file as this process first read them, like a wording. Raises ValueError naming what is wrong."""
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
         questions = tuple(_question(r) for r in records)
+    except OSError as error:
+        raise ValueError(f"is {str(path)!r}, which cannot be read: {error}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"is {str(path)!r}, which is no checklist: {type(error).__name__}: {error}") from error
     known: set[str] = set()

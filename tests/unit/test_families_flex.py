@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from reward_server.families.base import Completion, json_object, side
 from reward_server.families.flex import ANCHORS, Flex, anchor_of, category_names, parse
+from reward_server.families.generic import GenericPoint
+from reward_server.families.vision_reward import VisionReward
 
 NAMES = category_names("image")
 
@@ -188,11 +192,40 @@ def test_the_wording_can_be_replaced_and_a_useless_file_is_a_complaint(tmp_path:
     mine = tmp_path / "mine.txt"
     mine.write_text("Which one? {prompt}")
     assert Flex(prompt_file=str(mine)).request("x", [["1"], ["2"]])[0]["content"][-1]["text"] == "Which one? x"
-    mine.write_text("Which one is it?")
-    for path in (mine, tmp_path / "missing.txt"):
+    (tmp_path / "bare.txt").write_text("Which one is it?")
+    for path in (tmp_path / "bare.txt", tmp_path / "missing.txt"):
         ((field, complaint),) = Flex(prompt_file=str(path)).problems()
         assert field == "prompt_file" and str(path) in complaint
     assert not list(Flex(medium="video").problems())
+
+
+@pytest.mark.parametrize("later", ["", "Another one? {prompt}", None])
+def test_a_file_that_changes_later_changes_no_question(tmp_path: Path, later: str | None) -> None:
+    wording, checklist, schema = tmp_path / "w.txt", tmp_path / "c.json", tmp_path / "s.json"
+    wording.write_text("{questions} Which one? {prompt}")
+    checklist.write_text('[{"id": "a", "axis": "x", "question": "?", "weight": 1}]')
+    schema.write_text('{"type": "object"}')
+    families = [
+        Flex(prompt_file=str(wording)),
+        VisionReward(prompt_file=str(wording), checklist_file=str(checklist)),
+        GenericPoint(prompt_file=str(wording), schema_file=str(schema)),
+    ]
+    before = [(f.request("x", []), f.options(), f.parse("1: yes")) for f in families]
+    for path in (wording, checklist, schema):
+        if later is None:
+            path.unlink()
+        else:
+            path.write_text(later)
+            os.utime(path, (1, 1))
+    assert [(f.request("x", []), f.options(), f.parse("1: yes")) for f in families] == before
+
+
+def test_an_unusable_file_can_be_mended(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text("")
+    assert list(Flex(prompt_file=str(mine)).problems())
+    mine.write_text("{prompt}")
+    assert not list(Flex(prompt_file=str(mine)).problems())
 
 
 def strings_and_arrays(schema: Any) -> list[dict[str, Any]]:

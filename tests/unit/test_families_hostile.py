@@ -401,8 +401,8 @@ def test_a_users_own_schema_and_rubric(tmp_path: Path) -> None:
     assert GenericPoint(schema_file=str(schema)).schema() == {"type": "object"}
     made = GenericPair(dimension_keys=("fun",), score_keys=("points",)).schema()
     assert list(made["properties"]) == ["reason", "points", "fun", "winner"]
-    schema.write_text("[]")
-    assert [f for f, _ in GenericPoint(schema_file=str(schema)).problems()] == ["schema_file"]
+    (tmp_path / "list.json").write_text("[]")
+    assert [f for f, _ in GenericPoint(schema_file=str(tmp_path / "list.json")).problems()] == ["schema_file"]
     assert [f for f, _ in GenericPoint(schema_file=str(tmp_path / "none")).problems()] == ["schema_file"]
     assert [f for f, _ in GenericPoint(low=1, high=1, score_keys=()).problems()] == ["low", "score_keys"]
 

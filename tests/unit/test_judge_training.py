@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText
 
 from reward_server import dpo, finetuning, judge_training, pairs, sft
 from reward_server.__main__ import main
+from reward_server.families.base import read_wording
 from reward_server.families.flex import Flex
 from reward_server.judge_training import Dpo, JudgeTraining, Lora, Sft
 from reward_server.pairs import FILE
@@ -268,9 +269,11 @@ def test_other_weights_and_another_wording_in_the_same_place_are_other_settings(
     with pytest.raises(ValueError, match="precision is 'bfloat16', not 'auto'"):
         begin(replace(config, precision="bfloat16"), config.sft)
     wording.write_text("Which is better for {prompt}?")
+    read_wording.cache_clear()  # a new process reads it anew
     with pytest.raises(ValueError, match="wording of image is"):
         begin(config, config.sft)
     wording.write_text((data / "base" / "prompt.txt").read_text())
+    read_wording.cache_clear()
     weights = tmp_path / "base" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(ValueError, match="weights is"):
