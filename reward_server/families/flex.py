@@ -40,7 +40,8 @@ _FULL_NAMES = {
         "Narrative, Aesthetics & Cinematography",
     ),
 }
-_PREFIX = re.compile(r"\(?(?:category )?(?:[a-z]|\d{1,2}|[ivx]{1,4})(?:[.):\]] ?| ?[-\u2013\u2014] ?)")
+_WORD = re.compile(r"[^\W_]+")
+_LABEL = re.compile(r"[a-z]|\d{1,2}|[ivx]{1,4}")
 _MEDIUM = re.compile(r" \((?:images?|videos?)\)?$")
 SCORE_SUM, SUM_TOLERANCE = 10.0, 0.01
 
@@ -48,15 +49,19 @@ SCORE_SUM, SUM_TOLERANCE = 10.0, 0.01
 def anchor_of(name: object) -> str | None:
     """The anchor that a category's name means, whatever its letter prefix or case, or None.
 
-    A name means an anchor when it has the anchor's key word and no word that is foreign to the anchor.
+    A name means an anchor when it has the anchor's key word and no word that is foreign to the anchor. What stands
+    between words, in whatever script, does not matter.
 
     >>> anchor_of("b) image quality & realism"), anchor_of("Text rendering quality")
     ('quality', None)
+    >>> anchor_of("A、Semantic Alignment & Accuracy"), anchor_of("【B】Image Quality"), anchor_of("C Aesthetics")
+    ('alignment', 'quality', 'aesthetics')
     """
     if not isinstance(name, str) or len(name) > 200:
         return None
-    bare = _PREFIX.sub("", plain(name), count=1) if _PREFIX.match(plain(name)) else plain(name)
-    words = set(re.findall(r"\w+", _MEDIUM.sub("", bare).replace("&", " and ")))
+    listed = _WORD.findall(_MEDIUM.sub("", plain(name)).replace("&", " and "))
+    numbered = listed[1:] if listed[:1] == ["category"] else listed
+    words = set(numbered[1:] if numbered and _LABEL.fullmatch(numbered[0]) else listed)
     meant = [a for a in ANCHORS if words <= _OWN_WORDS[a] and words & _KEY_WORDS[a]]
     return meant[0] if len(meant) == 1 else None
 

@@ -53,8 +53,13 @@ def test_anchors_are_matched_by_identity_whatever_order_prefix_or_case() -> None
 
 
 @pytest.mark.parametrize(
-    "name", ["Text Rendering Quality", "Aesthetic quality", "Creativity", "", None, 3, ["Quality"]]
-)
+    "name",
+    [
+        "Text Rendering Quality", "Aesthetic quality", "Creativity", "", None, 3, ["Quality"], "A", "Category", "【】",
+        "AI Image Quality", "3D Image Quality", "B-roll quality", "Category quality", "\u6587\u672c Quality",
+        "\u6587\u672c\u3001Image Quality", "B\u6587 Image Quality", "Emotional, Image Quality", "A B Image Quality",
+    ],
+)  # fmt: skip
 def test_a_name_with_foreign_words_is_no_anchor(name: object) -> None:
     assert anchor_of(name) is None
 
@@ -64,6 +69,9 @@ def test_a_name_with_foreign_words_is_no_anchor(name: object) -> None:
     [
         "[B] Image Quality", "B - Image Quality & Realism", "Category B \u2014 Image Quality & Realism",
         "II. Image Quality", "Image Quality & Realism (Image)", "b: image quality",
+        "B\u3001Image Quality & Realism", "\u3010B\u3011Image Quality & Realism", "B Image Quality & Realism",
+        "B/ Image Quality & Realism", "\u3010Image Quality\u3011", "B\uff5cImage Quality", "Category B Image Quality",
+        "\u2461 Image Quality", "\u2161\u3001Image Quality", "#2 Image Quality", "**B** Image Quality", "image_quality",
     ],
 )  # fmt: skip
 def test_an_anchor_is_known_whatever_stands_before_or_after_its_name(name: str) -> None:
