@@ -23,6 +23,17 @@ class ReplicaActor:
     def __init__(self) -> None:
         self.replica: Replica | None = None
 
+    def first_port(self, host: str, count: int) -> int:
+        """The first of ``count`` consecutive ports that are free on its node."""
+        return machine.free_ports(host, 0, count)
+
+    def has_free(self, host: str, port: int) -> bool:
+        """Whether nobody uses the port on its node."""
+        try:
+            return machine.free_ports(host, port, 1) == port
+        except ValueError:
+            return False
+
     def start(self, judge: VllmJudge, key: str, on_gpu: bool, port: int, log: str) -> str:
         """Starts the server and returns its endpoint when it answers. Ray has set CUDA_VISIBLE_DEVICES."""
         import ray
@@ -63,17 +74,12 @@ class RayJudge:
         self.reserved = (", ".join(f"{n:g} {kind}" for kind, n in asked.items()) or "-",) * judge.replicas
         self._told: set[int] = set()
         self._actors = [self._seated(k, asked) for k in range(judge.replicas)]
-        starting = [
-            actor.start.remote(
-                judge,
-                judge.key,
-                on_gpu,
-                judge.port + k if judge.port else 0,
-                str((log_dir / f"judge_{k}.log").absolute()),
-            )
-            for k, actor in enumerate(self._actors)
-        ]
         try:
+            first = judge.port or self._first_port(judge)
+            starting = [
+                actor.start.remote(judge, judge.key, on_gpu, first + k, str((log_dir / f"judge_{k}.log").absolute()))
+                for k, actor in enumerate(self._actors)
+            ]
             self.endpoints: tuple[str, ...] = tuple(self._ray.get(starting, timeout=judge.start_s + 60))
         except BaseException as error:
             self.stop()
@@ -125,6 +131,23 @@ class RayJudge:
         return make.options(
             num_cpus=asked.get("CPU", 0), num_gpus=asked.get("GPU", 0), scheduling_strategy=where
         ).remote()
+
+    def _first_port(self, judge: VllmJudge) -> int:
+        """The first replica's port where nobody chose it; the next ones are free on the nodes of the others.
+
+        So they are consecutive as on one machine: started again at the first one's, all come back as they were.
+        """
+        for _ in range(20):
+            first = self._ray.get(
+                self._actors[0].first_port.remote(judge.host, judge.replicas), timeout=judge.start_s + 60
+            )
+            asked = [actor.has_free.remote(judge.host, first + k) for k, actor in enumerate(self._actors)]
+            if all(self._ray.get(asked, timeout=judge.start_s + 60)):
+                return first
+        raise ValueError(
+            f"no {judge.replicas} consecutive ports were found that are free on the replicas' nodes: give the first one with "
+            "--port"
+        )
 
     def alive(self) -> bool:
         return len(self._told) < len(self._actors)

@@ -11,6 +11,7 @@ import sys
 import urllib.error
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from grpo_flex.config import Judge
 from grpo_flex.config_file import from_json, to_json
 from grpo_flex.judge_server import gpus_of
 from grpo_flex.pairing import RoundRobin
-from reward_server import keeper, machine
+from reward_server import keeper, machine, on_ray
 from reward_server.__main__ import main
 from reward_server.ask import FAMILIES
 from reward_server.families.flex import Flex
@@ -251,6 +252,55 @@ def test_replicas_are_started_again_where_they_were(tmp_path: Path) -> None:
     with replace(settings, port=ports[0]).start(tmp_path / "logs") as again:
         assert again.endpoints == judge.endpoints
     assert living(pids(tmp_path)) == []
+
+
+def ray_at_once() -> Any:
+    """Ray's calls as `RayJudge` makes them, each done at once in this process."""
+
+    class Handle:
+        def __init__(self) -> None:
+            self.actor = on_ray.ReplicaActor()
+
+        def __getattr__(self, name: str) -> Any:
+            return SimpleNamespace(remote=getattr(self.actor, name))
+
+    seated = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=Handle))
+    return SimpleNamespace(
+        nodes=lambda: [{"Alive": True}],
+        remote=lambda _: seated,
+        get=lambda found, timeout: found,
+        wait=lambda *_, **__: None,
+        kill=lambda _: None,
+        shutdown=lambda: None,
+    )
+
+
+def test_replicas_on_ray_are_started_again_where_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_ray, "connect", lambda _: ray_at_once())
+    tried: list[int] = []
+
+    def has_free(self: on_ray.ReplicaActor, host: str, port: int) -> bool:
+        tried.append(port)
+        return len(tried) != 2 and machine.free_ports(host, port, 1) == port  # one port is taken on another node
+
+    monkeypatch.setattr(on_ray.ReplicaActor, "has_free", has_free)
+    settings = fake_judge(tmp_path, ray_address="10.0.0.1:6379", replicas=2)
+    judge = on_ray.RayJudge(settings, tmp_path / "logs")
+    judge.stop()
+    ports = [int(url.rpartition(":")[2].removesuffix("/v1")) for url in judge.endpoints]
+    assert ports[1] == ports[0] + 1 and len(tried) == 4 and tried[2:] == ports
+    again = on_ray.RayJudge(replace(settings, port=ports[0]), tmp_path / "logs")
+    again.stop()
+    assert again.endpoints == judge.endpoints and len(tried) == 4
+    assert living(pids(tmp_path), 15) == []
+
+
+def test_no_ports_in_a_row_on_ray_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_ray, "connect", lambda _: ray_at_once())
+    monkeypatch.setattr(on_ray.ReplicaActor, "has_free", lambda *_: False)
+    with pytest.raises(ValueError, match="no 2 consecutive ports were found that are free on the replicas' nodes"):
+        on_ray.RayJudge(fake_judge(tmp_path, ray_address="10.0.0.1:6379", replicas=2), tmp_path / "logs")
+    assert started(tmp_path) == []
 
 
 def test_the_key_is_on_no_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
