@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -24,7 +25,7 @@ from grpo_flex.mirror import Mirror
 from grpo_flex.overrides import override
 from grpo_flex.prompts import PromptStream, fingerprint, read_prompts
 from grpo_flex.room import apart, check_room
-from grpo_flex.status import running_pid
+from grpo_flex.status import Elsewhere, running_pid
 from grpo_flex.types import Adapter
 
 if TYPE_CHECKING:
@@ -140,8 +141,8 @@ def _train(config: RunConfig, resume: Path | None, signals: _Signals) -> int:
     heldout = read_prompts(config.prompts.heldout, "prompts.heldout")
     training = read_prompts(config.prompts.train, "prompts.train")
     prompts = PromptStream(training, config.prompts.per_step, config.seed)
-    if resume and (pid := running_pid(resume)):
-        raise ConfigError(f"{resume} is still running (process {pid}); stop it first, or wait until it has ended")
+    if resume:
+        _check_alone(resume)
     done, state = checkpoint.load(resume) if resume else (0, None)
     basis = _basis(config, prompts.prompts, heldout)
     if resume and state:
@@ -199,6 +200,22 @@ class _Signals:
         if not self.over:
             self.terminated = True
             raise KeyboardInterrupt
+
+
+def _check_alone(run_dir: Path) -> None:
+    """Refuse to go on beside a process that works on the run. Where its host may be gone, wait for another sign of it.
+
+    Raises:
+        ConfigError: it goes on.
+    """
+    try:
+        pid = running_pid(run_dir)
+    except Elsewhere as error:  # a scheduler that starts a lost job again does so at once
+        _say(f"{run_dir} gave a sign on another host a moment ago; waiting {error.left_s:.0f} s for another one …")
+        time.sleep(error.left_s + 1)
+        pid = running_pid(run_dir)
+    if pid:
+        raise ConfigError(f"{run_dir} is still running (process {pid}); stop it first, or wait until it has ended")
 
 
 def _basis(config: RunConfig, train: Sequence[Prompt], heldout: Sequence[Prompt]) -> dict[str, str]:

@@ -95,20 +95,29 @@ def _birth(pid: int) -> str:
     return stat.rpartition(")")[2].split()[19]
 
 
+class Elsewhere(ConfigError):
+    """A run may still go on on another host; it does not if it gives no sign for so many seconds more."""
+
+    def __init__(self, message: str, left_s: float) -> None:
+        super().__init__(message)
+        self.left_s = left_s
+
+
 def running_pid(run_dir: Path) -> int | None:
     """The process that works on a run at this moment on this machine, unless it is this one.
 
     Raises:
-        ConfigError: one on another host does, or did until a moment ago.
+        Elsewhere: one on another host does, or did until a moment ago.
     """
     state = _read_json(run_dir / STATUS)
     if not state or state.get("phase") in ("finished", "stopped"):
         return None
     if (alive := _alive(state)) is None and (left := GONE_S - (time.time() - state["time"])) > 0:
-        raise ConfigError(
+        raise Elsewhere(
             f"{run_dir} is still running, or was until a moment ago, on another host ({state['host']}, process "
             f"{state['pid']}, last sign {_ago(state['time'])}); stop it there. If that host is gone, try again in "
-            f"{duration(left)}, or remove {run_dir / STATUS} to go on at once"
+            f"{duration(left)}, or remove {run_dir / STATUS} to go on at once",
+            left,
         )
     return int(state["pid"]) if alive and state["pid"] != os.getpid() else None
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from grpo_flex import run
 from grpo_flex.config import ConfigError
 from grpo_flex.console import Console
 from grpo_flex.status import GONE_S, StatusFile, _birth, running_pid, status, summary
@@ -255,3 +256,25 @@ def test_signs_of_life_come_through_a_phase_and_end_with_the_run(
     last = sign()
     time.sleep(0.1)
     assert sign() == last
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_resume_waits_for_another_sign_of_a_host_that_may_be_gone(
+    goes_on: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    path, now = tmp_path / "status.json", time.time()
+    state = {"host": "elsewhere", "pid": 1, "phase": "update", "time": now - 15}
+    path.write_text(json.dumps(state))
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        path.write_text(json.dumps(state | {"time": now + 5 if goes_on else now - 15 - seconds}))
+
+    monkeypatch.setattr(run.time, "sleep", sleep)
+    if goes_on:
+        with pytest.raises(ConfigError, match="on another host"):
+            run._check_alone(tmp_path)
+    else:
+        run._check_alone(tmp_path)
+    assert slept == [pytest.approx(46, abs=1)]
