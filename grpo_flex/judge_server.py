@@ -70,7 +70,7 @@ class JudgeServer:
             self._handle = _at(self._server, self.endpoints[0]).start(self._log_dir)
         except (ValueError, OSError) as error:  # a port that is still taken, memory that is not yet free
             return str(error)
-        if tuple(self._handle.endpoints) != self.endpoints:
+        if set(self._handle.endpoints) != set(self.endpoints):  # replicas may have changed places
             raise JudgeAway(
                 f"the judge came up again at {', '.join(self._handle.endpoints)} and not at {', '.join(self.endpoints)}, "
                 "where the run asks: give judge.server a fixed port, then resume"
