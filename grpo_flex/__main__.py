@@ -41,7 +41,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from grpo_flex.run import newest, resumed, train
+    from grpo_flex.run import train
+    from grpo_flex.run_dir import newest, resumed
 
     words = [w for w in arguments.experiment_and_overrides if w]
     where = arguments.resume or ""

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-import re
 import shutil
 import signal
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,14 +15,23 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_flex import checkpoint, verdicts
 from grpo_flex.config import ConfigError, Judge, RunConfig
-from grpo_flex.config_file import from_json, to_json
-from grpo_flex.copied_run import MANIFEST, Copy, MirrorError, check_writable, is_copy, problem, reason
+from grpo_flex.config_file import to_json
+from grpo_flex.copied_run import check_writable, is_copy
 from grpo_flex.generators.encodings import report
 from grpo_flex.mirror import Mirror
-from grpo_flex.overrides import override
-from grpo_flex.prompts import PromptStream, fingerprint, read_prompts
+from grpo_flex.prompts import PromptStream, read_prompts
 from grpo_flex.room import apart, check_room
-from grpo_flex.status import Elsewhere, running_pid
+from grpo_flex.run_dir import (
+    basis_of,
+    check_alone,
+    check_basis,
+    check_space,
+    fetch,
+    has_metrics,
+    new_run_dir,
+    rewrite,
+    say,
+)
 from grpo_flex.types import Adapter
 
 if TYPE_CHECKING:
@@ -41,71 +47,6 @@ RESUME_ME = 75
 """Exit status of an interrupted run (EX_TEMPFAIL): everything is saved, start it again with --resume."""
 MEND_FIRST = 1
 """Exit status of a run that gave up: everything is saved, but with --resume alone it would end so again."""
-SPACE_MB = 256
-"""Free space below which no run is started or resumed."""
-
-
-def resumed_config(run_dir: Path, overrides: Sequence[str]) -> RunConfig:
-    """The configuration of an earlier run, with overrides on top.
-
-    Raises:
-        ConfigError: the folder is no run.
-    """
-    path = run_dir / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"'{run_dir}' is no run directory (it has no config.json); give one like runs/shapes_image")
-    return override(from_json(path.read_text()), overrides)
-
-
-def resumed(where: str, overrides: Sequence[str]) -> tuple[Path, RunConfig]:
-    """The directory and the configuration of an earlier run; a copy's directory is not there before ``fetch``.
-
-    Raises:
-        ConfigError, MirrorError: ``where`` is neither a run nor a copy of one, or the directory holds something else.
-    """
-    if not is_copy(where):
-        return Path(where), resumed_config(Path(where), overrides)
-    for complaint in problem(where):
-        raise ConfigError(f"--resume {complaint}")
-    copy = Copy.at(where)
-    mirror, _, name = copy.url.rpartition("/")
-    overrides = [f"checkpoint.mirror={mirror}", *overrides]
-    config = override(from_json(copy.config()), overrides)
-    run_dir = Path(config.runs_dir) / name
-    return run_dir, resumed_config(run_dir, overrides) if copy.is_here(run_dir) else config
-
-
-def newest(config: RunConfig) -> str:
-    """Where the newest run of that name can be resumed: ``runs_dir``, or else the mirror; "" where there is none.
-
-    Raises:
-        MirrorError: the mirror cannot be read.
-    """
-    numbered = re.compile(re.escape(config.name) + r"(?:-(\d+))?")
-    there = Path(config.runs_dir)
-    here = [path for path in there.glob("*") if numbered.fullmatch(path.name) and checkpoint.complete(path)]
-    if here:
-        return str(max(here, key=lambda path: checkpoint.complete(path)[-1].stat().st_mtime_ns))
-    if not (place := config.checkpoint.mirror):
-        return ""
-    copy = Copy.at(place)
-    try:
-        found = [Path(path).parent.name for path in copy.fs.glob(copy.path(f"{config.name}*/{MANIFEST}"))]
-    except Exception as error:  # each back-end has errors of its own
-        raise MirrorError(f"{place} cannot be read ({reason(error)})") from error
-    copies = [match for name in found if (match := numbered.fullmatch(name))]
-    return f"{place.rstrip('/')}/{max(copies, key=lambda m: int(m[1] or 1))[0]}" if copies else ""
-
-
-def fetch(where: str, run_dir: Path) -> None:
-    """Bring the run's directory back if ``where`` names a copy and it is not there already."""
-    if not is_copy(where):
-        return
-    if run_dir.exists():
-        _say(f"{run_dir} is as new as {where}, or newer; nothing has to be brought back")
-        return
-    _say(f"bringing {run_dir} back from {where} …")
-    Copy.at(where).bring_back(run_dir)
 
 
 def train(config: RunConfig, resume: Path | None = None, where: str = "") -> int:
@@ -129,7 +70,7 @@ def train(config: RunConfig, resume: Path | None = None, where: str = "") -> int
         there = resume if resume and checkpoint.complete(resume) else where if where and is_copy(where) else None
         if not (signals.terminated and there):
             raise
-        _say(f"stopped on request; the last checkpoint stands: python -m grpo_flex train --resume {there}")
+        say(f"stopped on request; the last checkpoint stands: python -m grpo_flex train --resume {there}")
         return RESUME_ME
     finally:
         signals.leave()
@@ -142,33 +83,33 @@ def _train(config: RunConfig, resume: Path | None, signals: _Signals) -> int:
     training = read_prompts(config.prompts.train, "prompts.train")
     prompts = PromptStream(training, config.prompts.per_step, config.seed)
     if resume:
-        _check_alone(resume)
+        check_alone(resume)
     done, state = checkpoint.load(resume) if resume else (0, None)
-    basis = _basis(config, prompts.prompts, heldout)
+    basis = basis_of(config, prompts.prompts, heldout)
     if resume and state:
-        _check_basis(resume, done, state.get("basis", {}), basis)  # checkpoints of earlier versions hold none
+        check_basis(resume, done, state.get("basis", {}), basis)  # checkpoints of earlier versions hold none
     over = done >= config.steps
     if over and resume and _is_exported(resume, config):
         raise ConfigError(f"{resume} has completed its {done} steps; to go on, give a larger number: steps={2 * done}")
     if resume:
-        _check_space(resume, "then --resume")
+        check_space(resume, "then --resume")
     quieten()
     config.generator.check([*training, *heldout])
-    check_room(config, _say)
+    check_room(config, say)
     if place := config.checkpoint.mirror:
         check_writable(place)
     with ExitStack() as stack:
-        run_dir = resume or stack.enter_context(_fresh_run_dir(config))
-        mirror = stack.enter_context(Mirror(place, run_dir, _say)) if place else None
+        run_dir = resume or stack.enter_context(new_run_dir(config))
+        mirror = stack.enter_context(Mirror(place, run_dir, say)) if place else None
         if over:
             assert state is not None
-            _say(
+            say(
                 f"{run_dir} has completed its {done} steps, but its {config.adapter.folder} is missing or older; exporting …"
             )
             _export_only(stack, config, run_dir, done, state, signals)
             status = 0
         else:
-            _say(f"{'resuming' if resume else 'starting'} {run_dir}: judge, rollout workers and learner …")
+            say(f"{'resuming' if resume else 'starting'} {run_dir}: judge, rollout workers and learner …")
             trainer = _assemble(stack, config, run_dir, prompts, heldout, done, state, basis, signals)
             if mirror is not None:
                 trainer.mirror, mirror.say = mirror, trainer.console.note
@@ -202,48 +143,6 @@ class _Signals:
             raise KeyboardInterrupt
 
 
-def _check_alone(run_dir: Path) -> None:
-    """Refuse to go on beside a process that works on the run. Where its host may be gone, wait for another sign of it.
-
-    Raises:
-        ConfigError: it goes on.
-    """
-    try:
-        pid = running_pid(run_dir)
-    except Elsewhere as error:  # a scheduler that starts a lost job again does so at once
-        _say(f"{run_dir} gave a sign on another host a moment ago; waiting {error.left_s:.0f} s for another one …")
-        time.sleep(error.left_s + 1)
-        pid = running_pid(run_dir)
-    if pid:
-        raise ConfigError(f"{run_dir} is still running (process {pid}); stop it first, or wait until it has ended")
-
-
-def _basis(config: RunConfig, train: Sequence[Prompt], heldout: Sequence[Prompt]) -> dict[str, str]:
-    """What every step of a run has to have in common, by field: with another, a resume would be another run."""
-    return {
-        "seed": str(config.seed),
-        "generator.model": Path(getattr(config.generator, "model", "")).name,  # it may lie elsewhere on another machine
-        "prompts.per_step": str(config.prompts.per_step),
-        "prompts.train": fingerprint(train),
-        "prompts.heldout": fingerprint(heldout),
-    }
-
-
-def _check_basis(resume: Path, done: int, before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Refuse to go on with other prompts, seeds or weights than a checkpoint was made with.
-
-    Raises:
-        ConfigError: with every field that differs.
-    """
-    changed = [f"{name} is now {now[name]}, and was {old}" for name, old in before.items() if now.get(name, old) != old]
-    if changed:
-        changed.append(
-            f"the {done} steps of {resume} were made with the old, so with the new it would be another run under the same "
-            "name: give it what it had, or start a new run, without --resume"
-        )
-        raise ConfigError("\n".join(changed))
-
-
 def _assemble(
     stack: ExitStack,
     config: RunConfig,
@@ -268,7 +167,7 @@ def _assemble(
     if judge is not None and judge.server is None:
         endpoints = _check_judge(judge, judge.endpoints)
     taken, needed = gpus_of(judge), in_all(seats(config), "GPU")
-    left = apart(config, taken, needed, _say)
+    left = apart(config, taken, needed, say)
     reserved = stack.enter_context(Reservation(config, left))  # before a judge is started, which takes minutes
     signals.heed()  # Ray has its own idea of SIGTERM
     start = partial(_judge_server, judge, run_dir)
@@ -284,11 +183,11 @@ def _assemble(
     cluster.wait_until_ready()
     cluster.prepare([*prompts.prompts, *heldout])
     if kept := config.generator.memory.encodings:
-        _say(report(kept))
+        say(report(kept))
     if state is not None:  # a checkpoint that does not fit is refused here, before any file is touched
         cluster.load_learner_state(state)
     verdicts.drop_from_step(run_dir / verdicts.FILE_NAME, done + 1)
-    _rewrite(run_dir / "config.json", to_json(config))
+    rewrite(run_dir / "config.json", to_json(config))
     log = stack.enter_context(RunLog(run_dir, config, done if state else None, fps_of(config.generator)))
     console = stack.enter_context(Console(config.steps, done, run_dir.name, run_dir=run_dir))
     cluster.say = console.note
@@ -445,7 +344,7 @@ def _kept(trainer: Trainer) -> str:
             kept += f" (the line of step {trainer.step} in metrics.jsonl is lost)"
     except (RayError, checkpoint.CheckpointError, OSError):  # nobody has the state any more, or it cannot be written
         kept = "nothing more could be saved; the last checkpoint stands"
-    if not (_has_metrics(run_dir) and checkpoint.complete(run_dir)):
+    if not (has_metrics(run_dir) and checkpoint.complete(run_dir)):
         return "no step was saved; once the cause is gone, start the run anew"
     then = " exports the result" if trainer.step >= trainer.config.steps else ""
     return f"{kept}; once the cause is gone: python -m grpo_flex train --resume {run_dir}{then}"
@@ -466,75 +365,6 @@ def _finish(run_dir: Path, config: RunConfig, status: int, mirror: Mirror | None
     summary(run_dir, again + (f" steps={2 * config.steps}" if status == 0 else ""), stopped=status != 0)
 
 
-@contextmanager
-def _fresh_run_dir(config: RunConfig) -> Iterator[Path]:
-    """runs/<name>, or runs/<name>-2 … if that exists, here or in the mirror; removed again if no step 0 was ever logged in it.
-
-    Raises:
-        ConfigError: no permission or too little space below ``runs_dir``.
-    """
-    parent = Path(config.runs_dir)
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        _check_space(parent, "or give another place with runs_dir=…")
-        run_dir = _make_unused(parent / config.name, partial(_is_copied, config.checkpoint.mirror))
-    except OSError as error:
-        raise ConfigError(
-            f"runs_dir '{parent}' cannot be written to ({error.strerror}); give another place with runs_dir=…"
-        ) from error
-    try:
-        yield run_dir
-    finally:
-        if not _has_metrics(run_dir):
-            shutil.rmtree(run_dir)
-
-
-def _check_space(folder: Path, way_out: str) -> None:
-    """Raise ConfigError where a run would soon have no room."""
-    free = shutil.disk_usage(folder).free // 2**20
-    if free < SPACE_MB:
-        raise ConfigError(
-            f"runs_dir: '{folder}' has {free} MB free; a run needs at least {SPACE_MB} MB for pictures, verdicts and "
-            f"checkpoints: free some, {way_out}"
-        )
-
-
-def _rewrite(path: Path, text: str) -> None:
-    """Replace a file as a whole: after a kill or on a full disk it is the old one. It stays where nothing changes."""
-    if path.is_file() and path.read_text() == text:
-        return
-    half = path.with_name(f".{path.name}.part")
-    with half.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    half.replace(path)
-
-
-def _has_metrics(run_dir: Path) -> bool:
-    metrics = run_dir / "metrics.jsonl"
-    return metrics.is_file() and metrics.stat().st_size > 0
-
-
-def _is_copied(mirror: str, name: str) -> bool:
-    """Whether the mirror has a run of that name, which a new one would take the place of."""
-    return bool(mirror) and Copy.at(f"{mirror.rstrip('/')}/{name}").manifest() is not None
-
-
-def _make_unused(path: Path, taken: Callable[[str], bool]) -> Path:
-    """Make ``path``, or path-2, path-3 …, whichever is free first; safe against a run that starts at the same moment."""
-    for number in itertools.count(1):
-        candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
-        if taken(candidate.name):
-            continue
-        try:
-            candidate.mkdir()
-        except FileExistsError:
-            continue
-        return candidate
-    raise AssertionError("count never ends")
-
-
 def _judge_server(judge: Judge | None, run_dir: Path) -> AbstractContextManager[JudgeServer | None]:
     """The judge that the run starts for itself, if it does."""
     from grpo_flex.judge_server import JudgeServer
@@ -553,17 +383,13 @@ def _check_judge(judge: Judge, endpoints: tuple[str, ...]) -> tuple[str, ...]:
     from grpo_flex.judging import check_endpoints
 
     for complaint in check_endpoints(endpoints, judge.model, _auth(judge)):
-        _say(f"warning: {complaint}; going on with the other judges")
+        say(f"warning: {complaint}; going on with the other judges")
     return endpoints
 
 
 def _auth(judge: Judge) -> dict[str, str]:
     key = os.environ.get(judge.api_key_env, "")
     return {"Authorization": f"Bearer {key}"} if key else {}
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
 
 
 def quieten() -> None:

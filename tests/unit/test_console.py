@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_flex import run
+from grpo_flex import run_dir
 from grpo_flex.config import ConfigError
 from grpo_flex.console import Console
 from grpo_flex.status import GONE_S, StatusFile, _birth, running_pid, status, summary
@@ -271,10 +271,10 @@ def test_a_resume_waits_for_another_sign_of_a_host_that_may_be_gone(
         slept.append(seconds)
         path.write_text(json.dumps(state | {"time": now + 5 if goes_on else now - 15 - seconds}))
 
-    monkeypatch.setattr(run.time, "sleep", sleep)
+    monkeypatch.setattr(run_dir.time, "sleep", sleep)
     if goes_on:
         with pytest.raises(ConfigError, match="on another host"):
-            run._check_alone(tmp_path)
+            run_dir.check_alone(tmp_path)
     else:
-        run._check_alone(tmp_path)
+        run_dir.check_alone(tmp_path)
     assert slept == [pytest.approx(46, abs=1)]

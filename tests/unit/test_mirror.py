@@ -14,10 +14,11 @@ from typing import Any, BinaryIO
 import pytest
 import torch
 
-from grpo_flex import checkpoint, run
+from grpo_flex import checkpoint
 from grpo_flex.config import ConfigError, RunConfig
 from grpo_flex.copied_run import MANIFEST, RECORD, Copy, Manifest, MirrorError, check_writable
 from grpo_flex.mirror import Mirror
+from grpo_flex.run_dir import new_run_dir
 from grpo_flex.status import status
 
 
@@ -281,7 +282,7 @@ def test_a_new_run_leaves_the_copy_of_an_older_one_alone(tmp_path: Path, config:
     advance(tmp_path / "runs" / "tiny", 1)
     Mirror(str(place), tmp_path / "runs" / "tiny", Told()).finish()
     config = replace(config, runs_dir=str(tmp_path / "other"), checkpoint=replace(config.checkpoint, mirror=str(place)))
-    with run._fresh_run_dir(config) as run_dir:
+    with new_run_dir(config) as run_dir:
         assert run_dir.name == "tiny-2"
 
 

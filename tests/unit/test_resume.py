@@ -19,7 +19,7 @@ from grpo_flex.config import RunConfig
 from grpo_flex.config_file import to_json
 from grpo_flex.generators.flux import Flux
 from grpo_flex.prompts import read_prompts
-from grpo_flex.run import _basis
+from grpo_flex.run_dir import SPACE_MB, basis_of, rewrite
 from tests.configs import judge_of
 from tests.one_process import StandInJudge, in_one_process
 from tests.tiny import write_prompts
@@ -48,7 +48,7 @@ def stopped(config: RunConfig, **state: Any) -> Path:
 
 def basis(config: RunConfig) -> dict[str, str]:
     train, heldout = (read_prompts(getattr(config.prompts, name), name) for name in ("train", "heldout"))
-    return _basis(config, train, heldout)
+    return basis_of(config, train, heldout)
 
 
 def another_model(folder: Path, config: RunConfig) -> list[str]:
@@ -130,7 +130,7 @@ def test_a_resume_needs_room_too(
 ) -> None:
     run_dir = stopped(own, basis=basis(own))
     in_one_process(monkeypatch, StandInJudge(lambda _: 6))
-    free(monkeypatch, run.SPACE_MB - 1)
+    free(monkeypatch, SPACE_MB - 1)
     assert main(["train", "--resume", str(run_dir)]) == 2
     out, err = capsys.readouterr()
     assert f"'{run_dir}' has 255 MB free" in err and "free some, then --resume" in err and "resuming" not in out
@@ -166,7 +166,7 @@ def test_a_disk_that_is_full_at_a_resume_leaves_the_configuration(
 
 def test_a_resume_that_changes_nothing_leaves_the_configuration_as_it_is(own: RunConfig, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
-    run._rewrite(path, to_json(own))
+    rewrite(path, to_json(own))
     before = path.stat()
-    run._rewrite(path, to_json(own))
+    rewrite(path, to_json(own))
     assert path.stat().st_ino == before.st_ino and path.stat().st_mtime_ns == before.st_mtime_ns

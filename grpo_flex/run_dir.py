@@ -1,0 +1,204 @@
+"""Where a run lives: a directory that is new, one that goes on, or one that is brought back from a copy."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from grpo_flex import checkpoint
+from grpo_flex.config import ConfigError, RunConfig
+from grpo_flex.config_file import from_json
+from grpo_flex.copied_run import MANIFEST, Copy, MirrorError, is_copy, problem, reason
+from grpo_flex.overrides import override
+from grpo_flex.prompts import fingerprint
+from grpo_flex.status import Elsewhere, running_pid
+from grpo_flex.types import Prompt
+
+SPACE_MB = 256
+"""Free space below which no run is started or resumed."""
+
+
+def resumed_config(run_dir: Path, overrides: Sequence[str]) -> RunConfig:
+    """The configuration of an earlier run, with overrides on top.
+
+    Raises:
+        ConfigError: the folder is no run.
+    """
+    path = run_dir / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"'{run_dir}' is no run directory (it has no config.json); give one like runs/shapes_image")
+    return override(from_json(path.read_text()), overrides)
+
+
+def resumed(where: str, overrides: Sequence[str]) -> tuple[Path, RunConfig]:
+    """The directory and the configuration of an earlier run; a copy's directory is not there before ``fetch``.
+
+    Raises:
+        ConfigError, MirrorError: ``where`` is neither a run nor a copy of one, or the directory holds something else.
+    """
+    if not is_copy(where):
+        return Path(where), resumed_config(Path(where), overrides)
+    for complaint in problem(where):
+        raise ConfigError(f"--resume {complaint}")
+    copy = Copy.at(where)
+    mirror, _, name = copy.url.rpartition("/")
+    overrides = [f"checkpoint.mirror={mirror}", *overrides]
+    config = override(from_json(copy.config()), overrides)
+    run_dir = Path(config.runs_dir) / name
+    return run_dir, resumed_config(run_dir, overrides) if copy.is_here(run_dir) else config
+
+
+def newest(config: RunConfig) -> str:
+    """Where the newest run of that name can be resumed: ``runs_dir``, or else the mirror; "" where there is none.
+
+    Raises:
+        MirrorError: the mirror cannot be read.
+    """
+    numbered = re.compile(re.escape(config.name) + r"(?:-(\d+))?")
+    there = Path(config.runs_dir)
+    here = [path for path in there.glob("*") if numbered.fullmatch(path.name) and checkpoint.complete(path)]
+    if here:
+        return str(max(here, key=lambda path: checkpoint.complete(path)[-1].stat().st_mtime_ns))
+    if not (place := config.checkpoint.mirror):
+        return ""
+    copy = Copy.at(place)
+    try:
+        found = [Path(path).parent.name for path in copy.fs.glob(copy.path(f"{config.name}*/{MANIFEST}"))]
+    except Exception as error:  # each back-end has errors of its own
+        raise MirrorError(f"{place} cannot be read ({reason(error)})") from error
+    copies = [match for name in found if (match := numbered.fullmatch(name))]
+    return f"{place.rstrip('/')}/{max(copies, key=lambda m: int(m[1] or 1))[0]}" if copies else ""
+
+
+def fetch(where: str, run_dir: Path) -> None:
+    """Bring the run's directory back if ``where`` names a copy and it is not there already."""
+    if not is_copy(where):
+        return
+    if run_dir.exists():
+        say(f"{run_dir} is as new as {where}, or newer; nothing has to be brought back")
+        return
+    say(f"bringing {run_dir} back from {where} …")
+    Copy.at(where).bring_back(run_dir)
+
+
+def check_alone(run_dir: Path) -> None:
+    """Refuse to go on beside a process that works on the run. Where its host may be gone, wait for another sign of it.
+
+    Raises:
+        ConfigError: it goes on.
+    """
+    try:
+        pid = running_pid(run_dir)
+    except Elsewhere as error:  # a scheduler that starts a lost job again does so at once
+        say(f"{run_dir} gave a sign on another host a moment ago; waiting {error.left_s:.0f} s for another one …")
+        time.sleep(error.left_s + 1)
+        pid = running_pid(run_dir)
+    if pid:
+        raise ConfigError(f"{run_dir} is still running (process {pid}); stop it first, or wait until it has ended")
+
+
+def basis_of(config: RunConfig, train: Sequence[Prompt], heldout: Sequence[Prompt]) -> dict[str, str]:
+    """What every step of a run has to have in common, by field: with another, a resume would be another run."""
+    return {
+        "seed": str(config.seed),
+        "generator.model": Path(getattr(config.generator, "model", "")).name,  # it may lie elsewhere on another machine
+        "prompts.per_step": str(config.prompts.per_step),
+        "prompts.train": fingerprint(train),
+        "prompts.heldout": fingerprint(heldout),
+    }
+
+
+def check_basis(resume: Path, done: int, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Refuse to go on with other prompts, seeds or weights than a checkpoint was made with.
+
+    Raises:
+        ConfigError: with every field that differs.
+    """
+    changed = [f"{name} is now {now[name]}, and was {old}" for name, old in before.items() if now.get(name, old) != old]
+    if changed:
+        changed.append(
+            f"the {done} steps of {resume} were made with the old, so with the new it would be another run under the same "
+            "name: give it what it had, or start a new run, without --resume"
+        )
+        raise ConfigError("\n".join(changed))
+
+
+@contextmanager
+def new_run_dir(config: RunConfig) -> Iterator[Path]:
+    """runs/<name>, or runs/<name>-2 … if that exists, here or in the mirror; removed again if no step 0 was ever logged in it.
+
+    Raises:
+        ConfigError: no permission or too little space below ``runs_dir``.
+    """
+    parent = Path(config.runs_dir)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        check_space(parent, "or give another place with runs_dir=…")
+        run_dir = _make_unused(parent / config.name, partial(_is_copied, config.checkpoint.mirror))
+    except OSError as error:
+        raise ConfigError(
+            f"runs_dir '{parent}' cannot be written to ({error.strerror}); give another place with runs_dir=…"
+        ) from error
+    try:
+        yield run_dir
+    finally:
+        if not has_metrics(run_dir):
+            shutil.rmtree(run_dir)
+
+
+def check_space(folder: Path, way_out: str) -> None:
+    """Raise ConfigError where a run would soon have no room."""
+    free = shutil.disk_usage(folder).free // 2**20
+    if free < SPACE_MB:
+        raise ConfigError(
+            f"runs_dir: '{folder}' has {free} MB free; a run needs at least {SPACE_MB} MB for pictures, verdicts and "
+            f"checkpoints: free some, {way_out}"
+        )
+
+
+def rewrite(path: Path, text: str) -> None:
+    """Replace a file as a whole: after a kill or on a full disk it is the old one. It stays where nothing changes."""
+    if path.is_file() and path.read_text() == text:
+        return
+    half = path.with_name(f".{path.name}.part")
+    with half.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    half.replace(path)
+
+
+def has_metrics(run_dir: Path) -> bool:
+    metrics = run_dir / "metrics.jsonl"
+    return metrics.is_file() and metrics.stat().st_size > 0
+
+
+def _is_copied(mirror: str, name: str) -> bool:
+    """Whether the mirror has a run of that name, which a new one would take the place of."""
+    return bool(mirror) and Copy.at(f"{mirror.rstrip('/')}/{name}").manifest() is not None
+
+
+def _make_unused(path: Path, taken: Callable[[str], bool]) -> Path:
+    """Make ``path``, or path-2, path-3 …, whichever is free first; safe against a run that starts at the same moment."""
+    for number in itertools.count(1):
+        candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        if taken(candidate.name):
+            continue
+        try:
+            candidate.mkdir()
+        except FileExistsError:
+            continue
+        return candidate
+    raise AssertionError("count never ends")
+
+
+def say(text: str) -> None:
+    """To whoever started the run, before there is a console."""
+    print(text, flush=True)
