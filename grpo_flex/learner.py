@@ -363,19 +363,30 @@ class Learner:
             name: own if values[0] is self.parameters[0] else _shared(self.weights.read(values, exact=True), own)
             for name, values in apart.items()
         }
-        optimizer = self._moments(self.optimizer.state_dict(), self.weights.whole)
+        reads = not self.weights.split or self.ranks.rank == 0
+        optimizer = self._moments(self.optimizer.state_dict(), self.weights.whole, reads)
         beta = (self.config.objective.first_beta, self.kl_beta)
-        return {"version": self.version, "adapter": own, "optimizer": on_cpu(optimizer), "kl_beta": beta, **others}
+        return {"version": self.version, "adapter": own, "optimizer": optimizer, "kl_beta": beta, **others}
 
-    def _moments(self, state: dict[str, Any], to: Callable[[int, Tensor], Tensor]) -> dict[str, Any]:
-        """An optimiser's state, with every tensor that has its parameter's shape made whole, or cut to this rank's part."""
-        if not self.weights.split:
-            return state
-        moved = {
-            i: {name: to(i, t) if hasattr(t, "ndim") and t.ndim else t for name, t in of.items()}
-            for i, of in state["state"].items()
-        }
-        return {**state, "state": moved}
+    def _moments(
+        self, state: dict[str, Any], to: Callable[[int, Tensor], Tensor], reads: bool = True
+    ) -> dict[str, Any]:
+        """A copy of an optimiser's state on the CPU, with every tensor that has its parameter's shape made whole, or cut
+        to this rank's part.
+
+        One tensor after the other: the device has no room for all of them whole.
+
+        Args:
+            reads: whether to keep them; all ranks take part in making them whole.
+        """
+        copied: dict[int, dict[str, Any]] = {}
+        for i, of in state["state"].items():
+            copied[i] = {}
+            for name, t in of.items():
+                t = to(i, t) if t.ndim else t  # the number of its steps has none
+                if reads:
+                    copied[i][name] = t.detach().to("cpu", copy=True)
+        return {**state, "state": copied}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """The inverse of ``state``.
@@ -390,7 +401,7 @@ class Learner:
         self.weights.write(state["adapter"])
         self._moved = not _same(state.get("old", state["adapter"]), state["adapter"])
         # Copies: the optimiser would go on in the tensors that it is given, and others read those in the object store.
-        self.optimizer.load_state_dict(on_cpu(self._moments(state["optimizer"], self.weights.part)))
+        self.optimizer.load_state_dict(self._moments(state["optimizer"], self.weights.part))
         self.version = state["version"]
         o = self.config.optimizer  # what the configuration says now, not what the checkpoint was written with
         for group in self.optimizer.param_groups:
@@ -403,14 +414,6 @@ class Learner:
         """Write the result for the stock pipeline: a LoRA file, or a folder of the transformer's."""
         tensors = self.evaluation_adapter().tensors
         return self.weights.save(folder, tensors) if tensors else folder
-
-
-def on_cpu(state: dict[str, Any]) -> dict[str, Any]:
-    """A copy of an optimiser's state whose tensors are on the CPU and no longer change with it."""
-    import torch
-    from torch.utils._pytree import tree_map_only
-
-    return tree_map_only(torch.Tensor, lambda t: t.detach().to("cpu", copy=True), state)
 
 
 def _shared(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from ray import cloudpickle
 
 from grpo_flex.actors import ColocatedActor, LearnerActor, RolloutActor
 from grpo_flex.config import ConfigError, RunConfig
-from grpo_flex.learner import Learner, on_cpu
+from grpo_flex.learner import Learner
 from grpo_flex.types import Adapter, Prompt, Role, RolloutGroup
 from grpo_flex.weights import read_adapter
 from tests.invariants.test_learning import nudged
@@ -95,7 +96,7 @@ def test_learners_that_start_from_a_state_leave_it_as_it_is(config: RunConfig) -
     advantages = (np.array([1.0, -1.0, 0.5, -0.5]),)
     learner.update([worker.generate(0, PROMPT, learner.adapter())], advantages, 0)
     kept = learner.state()
-    before = on_cpu(kept["optimizer"]), {name: tensor.clone() for name, tensor in kept["adapter"].items()}
+    before = deepcopy(kept["optimizer"]), {name: tensor.clone() for name, tensor in kept["adapter"].items()}
     again = Learner(config)
     again.load_state(kept)
     group = worker.generate(1, PROMPT, again.adapter())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -214,7 +215,8 @@ def test_two_learners_with_a_half_of_the_weights_each_equal_one(tmp_path: Path) 
 
     one, ((first, second),) = trained(config(learners=1)), both([config(learners=2, shard_base=True)], tmp_path)
     assert first["stored"] + second["stored"] == one["stored"] and first["stored"] < 0.6 * one["stored"]
-    assert not second["state"]["adapter"]  # rank 0 alone has the whole
+    # Rank 0 alone has the whole.
+    assert not second["state"]["adapter"] and not any(second["state"]["optimizer"]["state"].values())
     for part in ("adapter", "average"):
         for name, tensor in one["state"][part].items():
             torch.testing.assert_close(first["state"][part][name], tensor, rtol=1e-3, atol=2e-5)
@@ -230,6 +232,25 @@ def test_two_learners_with_a_half_of_the_weights_each_equal_one(tmp_path: Path) 
     assert all(
         torch.equal(moments[i]["exp_avg"], of["exp_avg"]) for i, of in first["state"]["optimizer"]["state"].items()
     )
+
+
+def test_moments_are_whole_one_at_a_time(full: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of weights that are split: all moments together are twice the model, in float32, and a GPU has no room for that."""
+    learner = after(full, 1)
+    expected, made, alive = learner.state(), list[weakref.ref[torch.Tensor]](), list[int]()
+
+    def whole(i: int, value: torch.Tensor) -> torch.Tensor:
+        alive.append(sum(ref() is not None for ref in made))
+        together = value.clone()
+        made.append(weakref.ref(together))
+        return together
+
+    monkeypatch.setattr(learner.weights, "split", True)
+    monkeypatch.setattr(learner.weights, "whole", whole)
+    moments = learner.state()["optimizer"]["state"]
+    assert len(made) == 2 * len(learner.parameters) and not any(alive)
+    for i, of in expected["optimizer"]["state"].items():
+        assert same(moments[i], of)
 
 
 def test_the_plan_counts_masters_moments_and_copies(full: RunConfig) -> None:
