@@ -6,12 +6,13 @@ optimiser step, which all of them then take alike. Gloo on CPUs, NCCL on GPUs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 T = TypeVar("T")
@@ -98,9 +99,40 @@ class Ranks:
         experts = list(transformer.children()) if isinstance(transformer, nn.ModuleDict) else [transformer]
         lists = [child for expert in experts for child in expert.children() if isinstance(child, nn.ModuleList)]
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-        for module in [*(block for blocks in lists for block in blocks), *experts]:
-            # Nothing stays together after a pass, not even the root: other weights may be lent before the next one.
-            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=set(whole))
+        done: set[nn.Module] = set()
+        for outer in [*(block for blocks in lists for block in blocks), *experts]:
+            for module in _groups(outer, done):
+                # Nothing stays together after a pass, not even the root: other weights may be lent before the next one.
+                fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=set(whole))
+                done.add(module)
+
+
+def _groups(module: nn.Module, done: Set[nn.Module], outer: bool = True) -> Iterator[nn.Module]:
+    """The module, after those inside it whose trained weights need a group of their own.
+
+    FSDP2 takes trained weights of one dtype in a group, while models in bfloat16 keep some norms and tables in float32.
+
+    Args:
+        done: modules that are grouped already; those that are yielded are added before the next one is asked for.
+    """
+    from torch import nn
+
+    inside, container = _trained_dtypes(module, done), isinstance(module, nn.ModuleList)  # has no forward pass to hook
+    if len(inside) > 1 or container:
+        for child in module.children():
+            if not _trained_dtypes(child, done) <= _own_dtypes(module):
+                yield from _groups(child, done, outer=False)
+    if outer or (not container and _trained_dtypes(module, done)):
+        yield module
+
+
+def _trained_dtypes(module: nn.Module, done: Set[nn.Module]) -> set[torch.dtype]:
+    inside = (_trained_dtypes(child, done) for child in module.children())
+    return set() if module in done else _own_dtypes(module).union(*inside)
+
+
+def _own_dtypes(module: nn.Module) -> set[torch.dtype]:
+    return {p.dtype for p in module.parameters(recurse=False) if p.requires_grad}
 
 
 # ---------------------------------------------------------------- parts of a tensor

@@ -20,6 +20,7 @@ from grpo_flex.broadcast import Circle
 from grpo_flex.config import Adapter as LoraAdapter
 from grpo_flex.config import ConfigError, Full, Placement, RunConfig
 from grpo_flex.evaluate import read_weights
+from grpo_flex.generators.wan import Wan
 from grpo_flex.learner import BoundPolicy, Learner
 from grpo_flex.objectives.grpo import Grpo
 from grpo_flex.objectives.nft import Nft
@@ -29,6 +30,7 @@ from grpo_flex.types import Adapter, Prompt, Role, RolloutGroup
 from grpo_flex.weights import Parcel
 from tests.configs import tiny_config
 from tests.invariants.test_ranks import both, several, trained
+from tests.tiny import tiny_wan
 
 PROMPT = Prompt(id="p0", text="a red circle on a black background")
 ADVANTAGES = np.array([1.0, -1.0, 0.5, -0.5])
@@ -208,12 +210,29 @@ def test_the_exported_folder_gives_the_same_pictures(full: RunConfig, tmp_path: 
     assert np.array_equal(one.media, two.media) and not np.array_equal(one.media, before.media)
 
 
-def test_two_learners_with_a_half_of_the_weights_each_equal_one(tmp_path: Path) -> None:
-    def config(**placement: Any) -> RunConfig:
-        made = several(whole(tiny_config(tmp_path)), 0.01, **placement)
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Any, dict[str, Any]]]:
+    """Of FLUX and of Wan, a part of which stays float32: how to configure it, what two learners with a half of the
+    weights each have come to, and what one has."""
+    folder = tmp_path_factory.mktemp("halves")
+    tiny_wan().save_pretrained(folder / "wan")
+    clips = Wan(
+        model=str(folder / "wan"), dtype="bfloat16", height=32, width=32, frames=5, max_sequence_length=16, guidance=1.0
+    )
+
+    def flux(**placement: Any) -> RunConfig:
+        made = several(whole(tiny_config(folder)), 0.01, **placement)
         return replace(made, sampling=replace(made.sampling, steps=3))
 
-    one, ((first, second),) = trained(config(learners=1)), both([config(learners=2, shard_base=True)], tmp_path)
+    made = {"flux": flux, "wan": lambda **placement: replace(flux(**placement), generator=clips)}
+    pairs = both([make(learners=2, shard_base=True) for make in made.values()], folder)
+    return {
+        name: (make, pair, trained(make(learners=1))) for (name, make), pair in zip(made.items(), pairs, strict=True)
+    }
+
+
+def test_two_learners_with_a_half_of_the_weights_each_equal_one(halves: dict[str, Any]) -> None:
+    config, (first, second), one = halves["flux"]
     assert first["stored"] + second["stored"] == one["stored"] and first["stored"] < 0.6 * one["stored"]
     # Rank 0 alone has the whole.
     assert not second["state"]["adapter"] and not any(second["state"]["optimizer"]["state"].values())
@@ -232,6 +251,19 @@ def test_two_learners_with_a_half_of_the_weights_each_equal_one(tmp_path: Path) 
     assert all(
         torch.equal(moments[i]["exp_avg"], of["exp_avg"]) for i, of in first["state"]["optimizer"]["state"].items()
     )
+
+
+def test_two_learners_share_a_model_that_keeps_weights_in_float32(halves: dict[str, Any]) -> None:
+    config, (first, second), one = halves["wan"]
+    kept = {p.dtype for p in config().generator.load("cpu").transformer.parameters()}
+    assert kept == {torch.float32, torch.bfloat16}
+    assert first["stored"] + second["stored"] == one["stored"] and first["stored"] < 0.6 * one["stored"]
+    assert first["metrics"] == second["metrics"]
+    assert first["metrics"][0]["policy/grad_norm"] == pytest.approx(one["metrics"][0]["policy/grad_norm"], rel=1e-3)
+    # Gradients are rounded to bfloat16, with two learners once more.
+    for i, alone in one["state"]["optimizer"]["state"].items():
+        difference = first["state"]["optimizer"]["state"][i]["exp_avg"] - alone["exp_avg"]
+        assert difference.norm() < 0.02 * alone["exp_avg"].norm()
 
 
 def test_moments_are_whole_one_at_a_time(full: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
