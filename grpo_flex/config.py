@@ -423,6 +423,14 @@ class Placement:
         for name in ("learner_restarts", "rollout_restarts", "rollout_workers_max", "wait_s"):
             if getattr(self, name) < 0:
                 yield name, f"is {getattr(self, name)}; it cannot be negative"
+        for name in ("rollout_cpus", "learner_cpus", "scorer_cpus"):
+            if getattr(self, name) < 0:
+                yield name, f"is {getattr(self, name)}; it cannot be negative (0: nothing is reserved)"
+        for name in ("rollout_gpus", "learner_gpus", "scorer_gpus"):
+            if (gpus := getattr(self, name)) < 0:
+                yield name, f"is {gpus}; it cannot be negative (0: it computes on the CPU)"
+            elif gpus > 1 and gpus % 1:
+                yield name, f"is {gpus}; Ray gives a part of one GPU, below 1, or a whole number of them"
         for name in ("update_timeout_s", "rollout_timeout_s", "broadcast_timeout_s"):
             if not getattr(self, name) > 0:
                 yield name, f"is {getattr(self, name)}; it needs to be above 0 seconds"

@@ -18,7 +18,9 @@ def rules_between_parts(config: RunConfig) -> Iterator[Problem]:
     """All complaints that are about more than one part."""
     yield from _noise(config)
     yield from _whole_weights(config)
+    yield from _quantised(config)
     yield from _broadcast(config)
+    yield from _cards(config)
     yield from _who_judges(config)
     yield from _scorers(config)
     if config.judge is not None:
@@ -94,6 +96,46 @@ def _broadcast(config: RunConfig) -> Iterator[Problem]:
             f"is true with sampling.lookahead={config.sampling.lookahead}: workers then need weights of several versions, "
             "and after a broadcast they hold one; set it to false, or sampling.lookahead=0",
         )
+
+
+def _quantised(config: RunConfig) -> Iterator[Problem]:
+    """Where a quantised base cannot lie."""
+    memory, place = getattr(config.generator, "memory", None), config.placement
+    if memory is None or not memory.base_bits:
+        return
+    name, bits = "generator.memory.base_bits", f"is {memory.base_bits}"
+    if place.shard_base:
+        yield (
+            name,
+            f"{bits} with placement.shard_base=true: FSDP2 would take weights apart from the scales that bitsandbytes keeps "
+            "beside them; set base_bits=0, or shard_base=false",
+        )
+    if not place.learner_gpus and (place.colocated or not place.rollout_gpus):
+        asked = "placement.learner_gpus" + ("" if place.colocated else " and placement.rollout_gpus")
+        yield name, f"{bits}, which works on CUDA only, but no process has a GPU; set it to 0, or {asked} above 0"
+
+
+def _cards(config: RunConfig) -> Iterator[Problem]:
+    """NCCL takes no two processes of a group on one GPU, where Ray may put those that ask for parts of it."""
+    place = config.placement
+    learner, worker = place.learner_gpus, place.rollout_gpus
+    if place.learners > 1 and _may_share(learner, learner):
+        yield (
+            "placement.learner_gpus",
+            f"is {learner} with placement.learners={place.learners}: two of them could share a GPU, and NCCL, by which they sum "
+            "gradients, refuses that; set it to 1, or placement.learners=1",
+        )
+    several = max(place.rollout_workers, place.rollout_workers_max) > 1
+    if place.broadcast and (_may_share(learner, worker) or (several and _may_share(worker, worker))):
+        yield (
+            "placement.broadcast",
+            f"is true with placement.learner_gpus={learner} and placement.rollout_gpus={worker}: processes could share a "
+            "GPU, and NCCL, by which weights are broadcast, refuses that; set both to 1, or broadcast=false",
+        )
+
+
+def _may_share(one: float, two: float) -> bool:
+    return one > 0 and two > 0 and one + two <= 1
 
 
 def _lookahead(config: RunConfig) -> Iterator[Problem]:

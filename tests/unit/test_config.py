@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
-from grpo_flex.config import ConfigError, RunConfig
+from grpo_flex.config import ConfigError, Full, RunConfig
 from grpo_flex.config_file import from_json, load_experiment, to_json
+from grpo_flex.config_rules import rules_between_parts
 from grpo_flex.dynamics import Cps, FastWindow, FlowSde, Ode
 from grpo_flex.generators.flux import Flux
+from grpo_flex.generators.memory import Memory
 from grpo_flex.overrides import override
 from grpo_flex.pairing import Pivots, Swiss
 from grpo_flex.rewards import BradleyTerry, Consistent, Several
@@ -170,6 +172,34 @@ def test_dimensions_that_the_judge_has_and_incomplete_plans_are_taken(config: Ru
     judge = replace(judge_of(config), family=Unified2Pair(), pairs=Pivots(count=1))
     replace(config, judge=judge, reward=BradleyTerry(anchors=("style", "alignment"))).validate()
     replace(config, judge=replace(judge_of(config), family=Unified1Pair())).validate()  # the overall winner alone
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rollout_gpus": -1.0}, "placement.rollout_gpus is -1.0; it cannot be negative"),
+        ({"scorer_cpus": -0.5}, "placement.scorer_cpus is -0.5; it cannot be negative"),
+        ({"learner_gpus": 1.5}, "placement.learner_gpus is 1.5; Ray gives a part of one GPU, below 1, or a whole number"),
+        ({"learners": 2, "learner_gpus": 0.5}, "placement.learner_gpus is 0.5 with placement.learners=2: two of them"),
+        ({"broadcast": True, "learner_gpus": 0.5, "rollout_gpus": 0.5}, "placement.broadcast is true with placement.learn"),
+        ({"broadcast": True, "rollout_workers": 2, "learner_gpus": 1.0, "rollout_gpus": 0.4}, "set both to 1, or broadca"),
+        ({"base_bits": 4}, "base_bits is 4, which works on CUDA only, but no process has a GPU; set it to 0, or placement.l"),
+        ({"base_bits": 8, "colocated": True, "rollout_gpus": 1.0}, "or placement.learner_gpus above 0"),
+        ({"base_bits": 8, "shard_base": True, "learners": 2, "learner_gpus": 1.0}, "base_bits is 8 with placement.shard_base"),
+        ({"learners": 2, "learner_gpus": 0.6, "rollout_gpus": 0.4, "learner_cpus": 1.5}, ""),
+        ({"broadcast": True, "rollout_workers": 2, "learner_gpus": 2.0, "rollout_gpus": 0.6}, ""),
+        ({"base_bits": 8, "learner_gpus": 1.0, "rollout_gpus": 1.0}, ""),
+    ],
+)  # fmt: skip
+def test_what_processes_ask_for_is_what_they_can_use(config: RunConfig, changes: dict[str, Any], message: str) -> None:
+    memory = Memory(base_bits=changes.get("base_bits", 0))
+    placement = replace(config.placement, **{name: value for name, value in changes.items() if name != "base_bits"})
+    adapter = Full() if placement.broadcast else config.adapter
+    generator = replace(_flux(config), memory=memory)
+    placed = replace(config, adapter=adapter, placement=placement, generator=generator)
+    problems = [*((f"placement.{name}", text) for name, text in placement.problems()), *rules_between_parts(placed)]
+    said = "\n".join(f"{name} {text}" for name, text in problems)
+    assert message in said if message else not said
 
 
 def test_invalid_configurations_are_refused_by_name(config: RunConfig) -> None:
