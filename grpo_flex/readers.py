@@ -23,6 +23,8 @@ from grpo_flex.types import Prompt
 
 KINDS = "plain text (.txt, one prompt a line), JSON lines (.jsonl), CSV (.csv, .tsv) or Parquet (.parquet)"
 _TEXT_KEYS, _ID_KEYS = ("text", "prompt"), ("id", "index")
+_TEST_POINTS = ("Testpoints", "考点")
+"""What UniGenBench tests a prompt for, in its English and in its Chinese table."""
 
 
 class Unreadable(ValueError):
@@ -151,7 +153,7 @@ def _details(row: Mapping[str, Any], column: str) -> dict[str, Any]:
         described = json.loads(details) if isinstance(details, str) else details
         if not isinstance(described, Mapping):
             raise ValueError('"sub_dims" is no JSON object')
-        return {"reference": described, "tags": described.get("Testpoints")}
+        return {"reference": described, "tags": next((described[k] for k in _TEST_POINTS if k in described), None)}
     return {key: _unpacked(key, row[key]) for key in ("reference", "tags", "tag") if row.get(key) not in (None, "")}
 
 

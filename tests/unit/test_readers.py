@@ -17,7 +17,10 @@ from grpo_flex.prompts import read_prompts
 from grpo_flex.readers import Unreadable, read
 from grpo_flex.types import Prompt
 
-DIMENSIONS = {"Primary Categories": "Art", "Testpoints": ["Style", "Attribute - Color"], "Subjects": "Scene"}
+DIMENSIONS = {
+    "en": {"Primary Categories": "Art", "Testpoints": ["Style", "Attribute - Color"], "Subjects": "Scene"},
+    "zh": {"一级垂类": "艺术", "主体": "场景", "考点": ["风格", "属性-数量"], "考点对应描述": ["水墨画", "两只熊猫"]},
+}
 
 
 def written(folder: Path, name: str, content: str | bytes) -> Path:
@@ -57,14 +60,13 @@ def test_genevals_metadata(tmp_path: Path) -> None:
     assert prompt == Prompt(id="1", text="a photo of two birds", reference=wanted, tags=("counting",))
 
 
-@pytest.mark.parametrize("language", ["en", "zh"])
-def test_unigenbenchs_table(tmp_path: Path, language: str) -> None:
-    rows = [
-        {"index": i, f"prompt_{language}": f'a "{i}",\nb', f"sub_dims_{language}": json.dumps(DIMENSIONS)}
-        for i in (0, 7)
-    ]
+@pytest.mark.parametrize(("language", "tags"), [("en", ("Style", "Attribute - Color")), ("zh", ("风格", "属性-数量"))])
+def test_unigenbenchs_table(tmp_path: Path, language: str, tags: tuple[str, ...]) -> None:
+    described = DIMENSIONS[language]
+    details = json.dumps(described, ensure_ascii=False)
+    rows = [{"index": i, f"prompt_{language}": f'a "{i}",\nb', f"sub_dims_{language}": details} for i in (0, 7)]
     first, second = read(table(tmp_path, rows))
-    assert first == Prompt(id="0", text='a "0",\nb', reference=DIMENSIONS, tags=("Style", "Attribute - Color"))
+    assert first == Prompt(id="0", text='a "0",\nb', reference=described, tags=tags)
     assert second.id == "7"
 
 
