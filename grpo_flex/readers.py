@@ -64,7 +64,7 @@ def _from_json(line: str, number: int, where: str) -> Prompt:
         entry = json.loads(line)
         key = next((k for k in _TEXT_KEYS if k in entry), "text")
         return Prompt(
-            id=str(entry.get("id", number)),
+            id=str(number if entry.get("id") is None else entry["id"]),
             text=_checked(entry[key], key),
             reference=_reference(entry),
             tags=_tags(entry),

@@ -77,7 +77,9 @@ def test_missing_and_binary_files(tmp_path: Path) -> None:
 
 def test_fields_of_a_line(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
-    file.write_text('{"id": "a", "text": "x", "reference": {"n": 1}, "tags": ["t"]}\n\n{"text": "no id"}\n')
-    first, second = read_prompts(str(file), "prompts.train")
+    file.write_text(
+        '{"id": "a", "text": "x", "reference": {"n": 1}, "tags": ["t"]}\n\n{"text": "no id"}\n{"id": null, "text": "x"}\n{"id": 0, "text": "x"}'
+    )
+    first, *others = read_prompts(str(file), "prompts.train")
     assert first == Prompt(id="a", text="x", reference={"n": 1}, tags=("t",))
-    assert second.id == "3"
+    assert [prompt.id for prompt in others] == ["3", "4", "0"]
