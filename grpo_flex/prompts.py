@@ -62,16 +62,16 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
 
 
 def read_prompts(path: str, field: str) -> list[Prompt]:
-    """Read a file of prompts: plain text, JSON lines, CSV or Parquet (``readers.py``).
+    """Read a file or folder of prompts: plain text, JSON lines, CSV, Parquet or a dataset (``readers.py``).
 
     Args:
-        field: the configuration's name for this file, for the message.
+        field: the configuration's name for it, for the message.
 
     Raises:
         ConfigError: no such file, no prompts in it, or a line that is no prompt (with its number).
     """
     file = Path(path)
-    if not file.is_file():
+    if not (file.is_file() or file.is_dir()):
         raise ConfigError(f"{field} is '{path}', which is not there; give a file of {KINDS}")
     try:
         prompts = read(file)

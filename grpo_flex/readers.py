@@ -1,11 +1,12 @@
-"""Prompts files of every kind, by suffix and content: plain text, JSON lines, CSV, Parquet.
+"""Prompts files of every kind, by suffix and content: plain text, JSON lines, CSV, Parquet, Hugging Face's datasets.
 
 | kind | one prompt is | known by |
 |---|---|---|
 | plain text | a line | .txt, or any other suffix whose first line is no JSON object |
 | JSON lines | {"text" or "prompt", "id"?, "reference"?, "tags"?}, or a line of GenEval's evaluation_metadata.jsonl | .jsonl, .ndjson, .json, or a first line that begins with "{" |
 | CSV | a row below a header; UniGenBench's index, prompt_en, sub_dims_en, or columns named as the keys above | .csv, .tsv |
-| Parquet | a row, with columns as in a CSV file | .parquet; needs pyarrow |
+| Parquet | a row, with columns as in a CSV file | .parquet, or a folder of such files, read by name; needs pyarrow |
+| datasets | the same | a folder that ``Dataset.save_to_disk`` wrote; needs datasets |
 
 A prompt without an id gets the number of its line or row, so that ids stay as long as the file does.
 """
@@ -21,10 +22,16 @@ from typing import Any
 
 from grpo_flex.types import Prompt
 
-KINDS = "plain text (.txt, one prompt a line), JSON lines (.jsonl), CSV (.csv, .tsv) or Parquet (.parquet)"
+KINDS = (
+    "plain text (.txt, one prompt a line), JSON lines (.jsonl), CSV (.csv, .tsv) or Parquet (.parquet, or a folder of such "
+    "files or of one dataset that datasets' save_to_disk wrote)"
+)
 _TEXT_KEYS, _ID_KEYS = ("text", "prompt"), ("id", "index")
 _TEST_POINTS = ("Testpoints", "考点")
 """What UniGenBench tests a prompt for, in its English and in its Chinese table."""
+
+_DATASET = "state.json"
+"""In a folder that ``Dataset.save_to_disk`` wrote."""
 
 
 class Unreadable(ValueError):
@@ -32,13 +39,15 @@ class Unreadable(ValueError):
 
 
 def read(path: Path) -> list[Prompt]:
-    """All prompts of a file, in its order.
+    """All prompts of a file or folder, in its order.
 
     Raises:
         Unreadable: not text, no columns of prompts, or a line or row that is no prompt (with its number).
         OSError, UnicodeDecodeError: the file cannot be read at all.
     """
     suffix = path.suffix.lower()
+    if path.is_dir():
+        return list(_from_table(path, _folder_rows(path)))
     if suffix == ".parquet":
         return list(_from_table(path, _parquet_rows(path)))
     text = path.read_text(encoding="utf-8-sig")
@@ -120,6 +129,36 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
         yield from parquet.read_table(path).to_pylist()
     except pyarrow.ArrowException as error:
         raise Unreadable(f"'{path}' is no Parquet file ({str(error).splitlines()[0]})") from error
+
+
+def _folder_rows(path: Path) -> Iterator[dict[str, Any]]:
+    if shards := sorted(path.glob("*.parquet")):
+        for shard in shards:
+            yield from _parquet_rows(shard)
+    elif (path / _DATASET).is_file():
+        yield from _dataset_rows(path)
+    else:
+        parts = sorted(state.parent.name for state in path.glob(f"*/{_DATASET}"))
+        there = f"; it holds the datasets {', '.join(parts)}: name one of them, as {path / parts[0]}" if parts else ""
+        raise Unreadable(
+            f"'{path}' is a folder, and needs to hold *.parquet files or what datasets' save_to_disk writes for one dataset"
+            + (there or f"; or name a file: {KINDS}")
+        )
+
+
+def _dataset_rows(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        from datasets import Dataset
+    except ImportError as error:
+        raise Unreadable(
+            f"'{path}' was written by datasets' save_to_disk, which needs datasets to be read: pip install datasets, or "
+            "save the prompts as Parquet or JSON lines"
+        ) from error
+    try:
+        rows = Dataset.load_from_disk(path).to_list()
+    except (ValueError, LookupError, TypeError, OSError) as error:  # pyarrow's own errors are ValueErrors
+        raise Unreadable(f"'{path}' is no dataset that can be read ({str(error).splitlines()[0]})") from error
+    yield from rows
 
 
 def _from_table(path: Path, rows: Iterator[dict[str, Any]]) -> Iterator[Prompt]:

@@ -93,6 +93,51 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatc
         read_prompts(str(file), "prompts.train")
 
 
+def test_a_folder_of_parquet_files_is_one_table(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    for name in ("train-1", "train-0", "train-2"):
+        parquet.write_table(
+            pyarrow.Table.from_pylist([{"prompt": f"{name}{i}"} for i in "ab"]), tmp_path / f"{name}.parquet"
+        )
+    written(tmp_path, "README.md", "the data's card")
+    texts = ["train-0a", "train-0b", "train-1a", "train-1b", "train-2a", "train-2b"]
+    expected = [Prompt(id=str(number), text=text) for number, text in enumerate(texts, 1)]
+    assert read_prompts(str(tmp_path), "prompts.train") == expected
+    written(tmp_path, "train-3.parquet", "PAR1 nonsense")
+    with pytest.raises(ConfigError, match=r"prompts\.train: '.*train-3.parquet' is no Parquet file"):
+        read_prompts(str(tmp_path), "prompts.train")
+
+
+def test_a_saved_dataset_is_a_table_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import Dataset, DatasetDict
+
+    rows = [{"prompt": "x", "tags": ["a"], "reference": {"n": 1}}, {"prompt": "y", "tags": None, "reference": None}]
+    data = Dataset.from_list(rows)
+    DatasetDict({"test": data, "train": data}).save_to_disk(tmp_path / "saved")
+    expected = [Prompt(id="1", text="x", tags=("a",), reference={"n": 1}), Prompt(id="2", text="y")]
+    assert read_prompts(str(tmp_path / "saved" / "train"), "prompts.train") == expected
+    with pytest.raises(ConfigError, match=r"it holds the datasets test, train: name one of them, as .*saved/test"):
+        read_prompts(str(tmp_path / "saved"), "prompts.train")
+    for damage in ("{}", "{", '{"_data_files": [{"filename": "gone"}]}'):
+        written(tmp_path / "saved" / "test", "state.json", damage)
+        with pytest.raises(ConfigError, match=r"prompts\.train: '.*test' is no dataset that can be read"):
+            read_prompts(str(tmp_path / "saved" / "test"), "prompts.train")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(
+        ConfigError, match=r"prompts\.train: .*needs datasets to be read: pip install datasets, or save"
+    ):
+        read_prompts(str(tmp_path / "saved" / "train"), "prompts.train")
+
+
+def test_another_folder_is_told_what_it_needs(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"is a folder, and needs to hold \*\.parquet files or .*; or name a file: plain"
+    ):
+        read_prompts(str(tmp_path), "prompts.train")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
