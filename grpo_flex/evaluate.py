@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_flex.config import Adapter as AdapterConfig
-from grpo_flex.config import ConfigError, Full, RunConfig
+from grpo_flex.config import ConfigError, Full, Placement, RunConfig
 from grpo_flex.config_file import from_json, load_experiment
 from grpo_flex.generators.base import LORA_FILE, SECOND_LORA_FILE
 from grpo_flex.metrics import mean_scores
@@ -33,8 +33,7 @@ def evaluate(run_dir: str | None, adapter: str | None, experiment: str | None, o
     from grpo_flex.run import quieten
 
     quieten()
-    device = "cuda" if config.placement.rollout_gpus else "cpu"
-    worker = RolloutWorker(replace(config, adapter=trained), device)
+    worker = RolloutWorker(replace(config, adapter=trained), _device(config.placement))
     worker.model.prepare(heldout)
     before = _samples(worker, heldout, UNTRAINED)
     after = _samples(worker, heldout, Adapter(version=1, tensors=tensors))
@@ -46,6 +45,12 @@ def evaluate(run_dir: str | None, adapter: str | None, experiment: str | None, o
         out or Path(run_dir or ".") / ("samples/evaluate.png" if run_dir else "evaluate.png"),
     )
     return 0
+
+
+def _device(placement: Placement) -> str:
+    """Where the run samples: colocated learners do it, and rollout_gpus is not used."""
+    gpus = placement.learner_gpus if placement.colocated else placement.rollout_gpus
+    return "cuda" if gpus else "cpu"
 
 
 def _config(run_dir: str | None, experiment: str | None) -> RunConfig:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from grpo_flex import rollout
 from grpo_flex.__main__ import main
-from grpo_flex.config import Adapter, RunConfig
-from grpo_flex.evaluate import mean_scores
+from grpo_flex.config import Adapter, Placement, RunConfig
+from grpo_flex.evaluate import evaluate, mean_scores
 from grpo_flex.learner import Learner
 from grpo_flex.prompts import read_prompts
 from grpo_flex.rollout import UNTRAINED, RolloutWorker
@@ -38,3 +39,32 @@ def test_a_named_adapter_is_scored_beside_the_base_model(
     assert "no adapter at" in capsys.readouterr().err
     assert main(["evaluate", "--adapter", str(folder)]) == 2
     assert "with --experiment FILE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("placement", "device"),
+    [
+        (Placement(colocated=True, learner_gpus=1.0), "cuda"),
+        (Placement(colocated=True, rollout_gpus=1.0), "cpu"),
+        (Placement(rollout_gpus=0.5), "cuda"),
+        (Placement(learner_gpus=1.0), "cpu"),
+    ],
+)
+def test_it_samples_where_the_run_does(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, placement: Placement, device: str
+) -> None:
+    class Stop(Exception):
+        pass
+
+    asked: list[str] = []
+
+    def worker(_: RunConfig, device: str) -> None:
+        asked.append(device)
+        raise Stop
+
+    monkeypatch.setattr(rollout, "RolloutWorker", worker)
+    adapter = Learner(config).save_adapter(tmp_path / "adapter").parent
+    experiment = experiment_file(replace(config, placement=placement), tmp_path)
+    with pytest.raises(Stop):
+        evaluate(None, str(adapter), experiment, None)
+    assert asked == [device]
