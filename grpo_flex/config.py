@@ -38,7 +38,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """Where prompts come from: files of plain text, JSON lines, CSV or Parquet (``readers.py``)."""
+    """Where prompts come from: files of plain text, JSON lines, CSV or Parquet, folders of Parquet or of a data set (``readers.py``)."""
 
     train: str
     heldout: str
