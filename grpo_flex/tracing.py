@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,7 +44,7 @@ def cost(call: Callable[[], Any], live: LiveBytes | None = None) -> Cost:
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of storages that operators make, from their birth to their death, and operators' FLOPs.
 
-    A context manager that may be entered several times; it goes on counting deaths outside. FLOPs are by PyTorch's own
+    A context manager that may be entered several times, also inside itself; it goes on counting deaths outside. FLOPs are by PyTorch's own
     formulas, but not by its FlopCounterMode, which keeps tensors alive for its count by module.
     """
 
@@ -52,6 +52,17 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = self.flops = 0
         self._known = {t.untyped_storage()._cdata for t in existing}
+        self._entered = 0
+
+    def __enter__(self) -> Self:
+        """Only the outermost entry counts: a mode that is entered twice would see, and count, every operator twice."""
+        self._entered += 1
+        return super().__enter__() if self._entered == 1 else self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._entered -= 1
+        if not self._entered:
+            super().__exit__(*raised)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -104,6 +104,20 @@ def test_flops_are_those_that_pytorch_counts(tiny: RunConfig) -> None:
     assert 0 < fused - products < 0.05 * products  # the fused kernel computes the scores again on the way back
 
 
+def test_flops_of_sampling_are_those_that_pytorch_counts(tiny: RunConfig, tiny_plan: Plan) -> None:
+    """The plan's own figures against FlopCounterMode around one denoising step and the decoding of a whole group."""
+    model: Any = Learner(tiny).model
+    told, x = stand_in(model), torch.zeros(tiny.sampling.group_size, *model.latent_shape)
+    steps = []
+    for call in (lambda: model.velocity(x, 1.0, told), lambda: model.decode(x)):
+        counted = FlopCounterMode(display=False)
+        with counted, torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            call()
+        steps.append(counted.get_total_flops())
+    assert tiny_plan.forward_flops == steps[0]
+    assert tiny_plan.rollout_flops == tiny.prompts.per_step * (tiny.sampling.steps * steps[0] + steps[1])
+
+
 def test_recomputing_takes_memory_and_costs_flops(tiny: RunConfig, tiny_plan: Plan) -> None:
     generator: Any = tiny.generator
     saving = replace(tiny, generator=replace(generator, memory=replace(generator.memory, checkpoint_every=1)))
@@ -140,6 +154,18 @@ def test_live_bytes_counts_births_and_deaths() -> None:
     assert live.peak == 8000
     del a, b
     assert live.now == 0
+
+
+def test_an_entry_inside_another_counts_nothing_twice() -> None:
+    layer, x, live = torch.nn.Linear(8, 16), torch.ones(4, 8), LiveBytes()
+    plain = cost(lambda: layer(x))
+    with live:
+        assert cost(lambda: layer(x), live) == plain
+        seen = live.flops
+        layer(x)
+    assert plain.flops == 2 * 4 * 8 * 16 and live.flops == seen + plain.flops
+    layer(x)
+    assert live.flops == seen + plain.flops
 
 
 # ---------------------------------------------------------------- public models
