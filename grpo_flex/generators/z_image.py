@@ -73,7 +73,10 @@ class ZImageModel(PictureModel):
     def _predict(self, x: Tensor, sigma: float, given: Mapping[str, Tensor]) -> Tensor:
         import torch
 
-        embeds = [row[mask.to(row.device)] for row, mask in zip(given["embeds"], given["mask"], strict=True)]
+        # Padding is at the end. The mask stays on the CPU: to choose rows by one on the device waits for the device, and
+        # meta tensors, of which plans are made, cannot do it at all.
+        lengths = given["mask"].sum(1).tolist()
+        embeds = [row[:length] for row, length in zip(given["embeds"], lengths, strict=True)]
         pictures = list(self._picture(x).to(self.dtype).unsqueeze(2))  # [C, 1, H/8, W/8] each: a clip of one frame
         v = self.transformer(pictures, x.new_full((len(x),), 1 - sigma), embeds, return_dict=False)[0]
         return -torch.stack(list(v)).flatten(2).transpose(1, 2)

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,22 @@ from grpo_flex import plan_changes
 from grpo_flex.__main__ import main
 from grpo_flex.config import ConfigError, RunConfig
 from grpo_flex.generators.blank import blank_pipeline, describe, stand_in, without_weights
-from grpo_flex.generators.flux import Flux
+from grpo_flex.generators.flux import Flux, FluxKontext
+from grpo_flex.generators.flux2 import Flux2Dev, Flux2DevEdit, Flux2Klein, Flux2KleinEdit
 from grpo_flex.generators.known import KNOWN
+from grpo_flex.generators.qwen_image import QwenImage
+from grpo_flex.generators.sd3 import Sd3
+from grpo_flex.generators.wan import Wan
+from grpo_flex.generators.z_image import ZImage
 from grpo_flex.learner import Learner
 from grpo_flex.overrides import override
 from grpo_flex.plan import GIB, Plan, Process, make_plan
 from grpo_flex.plan_changes import first_change
 from grpo_flex.plan_report import report
 from grpo_flex.tracing import LiveBytes, cost, saved_bytes
+from tests import tiny_pictures as pictures
 from tests.configs import tiny_config
+from tests.tiny import tiny_wan
 
 SHAPES = "experiments/shapes_image_oracle.py"
 
@@ -186,6 +194,33 @@ def test_known_models_have_their_published_sizes(file: str, millions: float) -> 
     )
     assert sum(p.numel() for p in pipeline.transformer.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
     assert pipeline.transformer.device.type == "meta"
+
+
+TINY: dict[str, tuple[Callable[[], Any], Callable[..., Any]]] = {
+    "flux": (pictures.tiny_flux_dev, Flux),
+    "kontext": (pictures.tiny_kontext, FluxKontext),
+    "flux2-dev": (pictures.tiny_flux2_dev, Flux2Dev),
+    "flux2-dev-edit": (pictures.tiny_flux2_dev, Flux2DevEdit),
+    "klein": (pictures.tiny_klein, Flux2Klein),
+    "klein-edit": (pictures.tiny_klein, Flux2KleinEdit),
+    "sd3": (pictures.tiny_sd3, Sd3),
+    "qwen-image": (pictures.tiny_qwen_image, QwenImage),
+    "z-image": (pictures.tiny_z_image, partial(ZImage, guidance=5.0)),
+    "wan": (tiny_wan, partial(Wan, frames=5)),
+    "wan-two-experts": (partial(tiny_wan, boundary=0.875), partial(Wan, frames=5)),
+}
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_every_generator_can_be_planned(kind: str, tmp_path: Path, config: RunConfig) -> None:
+    make, generator = TINY[kind]
+    make().save_pretrained(tmp_path)
+    made = make_plan(
+        replace(config, generator=generator(model=str(tmp_path), height=32, width=32, max_sequence_length=16))
+    )
+    assert made.forward_flops > 0 and made.update_flops > 0 and made.adapter > 0
+    for process in made.processes:
+        assert all(parts["activations"] > 0 for name, parts in process.moments.items() if name != "encoding")
 
 
 def test_an_unknown_model_is_refused_with_the_way_out(config: RunConfig) -> None:
