@@ -32,7 +32,9 @@ def check_room(config: RunConfig, say: Callable[[str], None]) -> None:
     except (ConfigError, NotImplementedError, RuntimeError) as error:  # a generator that meta tensors cannot run
         say(f"memory was not checked: {error}")
         return
-    ask = "python -m grpo_flex plan says by which part, and what would help"
+    ask = (
+        "python -m grpo_flex plan says by which part, and what would help; CUDA_VISIBLE_DEVICES leaves out a small GPU"
+    )
     if plan.lasting() > memory:
         raise ConfigError(
             f"generator.model and adapter need {plan.lasting() / GIB:.1f} GiB on one GPU for weights and optimiser alone, "
@@ -46,17 +48,29 @@ def check_room(config: RunConfig, say: Callable[[str], None]) -> None:
 
 
 def smallest_gpu() -> int:
-    """Bytes of the GPU with the least memory; 0 where there is none."""
+    """Bytes of the GPU with the least memory among those that this process may use; 0 where there is none."""
+    given = _given()
     try:
-        return min(map(int, _of_each_gpu("memory.total")), default=0) * MIB
-    except ValueError:
+        sizes = [
+            int(memory) * MIB
+            for index, uuid, memory in _of_each_gpu("index,uuid,memory.total")
+            if given is None or any(name == index or uuid.startswith(name) for name in given)  # CUDA takes a prefix too
+        ]
+    except ValueError:  # "[N/A]": a card whose memory is the host's
         return 0
+    return min(sizes, default=0)
 
 
 def visible_gpus() -> list[str]:
     """Those that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    given = _given()
+    return [index for (index,) in _of_each_gpu("index")] if given is None else given
+
+
+def _given() -> list[str] | None:
+    """What CUDA_VISIBLE_DEVICES names: indices or UUIDs; None where it is not set and all GPUs may be used."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return _of_each_gpu("index") if given is None else [part.strip() for part in given.split(",") if part.strip()]
+    return None if given is None else [part.strip() for part in given.split(",") if part.strip()]
 
 
 def apart(config: RunConfig, taken: Sequence[str], needed: float, say: Callable[[str], None]) -> list[str]:
@@ -85,10 +99,11 @@ def _elsewhere(config: RunConfig) -> str:
     return config.placement.ray_address or os.environ.get("RAY_ADDRESS", "")
 
 
-def _of_each_gpu(what: str) -> list[str]:
-    """Asks the driver, so that no CUDA context is made; nothing where there is no GPU."""
+def _of_each_gpu(what: str) -> list[list[str]]:
+    """The fields of each GPU. Asks the driver, so that no CUDA context is made; nothing where there is no GPU."""
     asked = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
     try:
-        return subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout.split()
+        said = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
+    return [[field.strip() for field in line.split(",")] for line in said.splitlines() if line.strip()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -43,9 +44,33 @@ def test_what_may_be_too_little_is_said(
 def test_what_is_too_little_is_refused(on_gpus: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "smallest_gpu", lambda: 24 * GIB)
     with pytest.raises(
-        ConfigError, match=r"30\.0 GiB on one GPU for weights and optimiser alone.*have 24\.0 GiB; .*plan"
+        ConfigError,
+        match=r"30\.0 GiB on one GPU for weights and optimiser alone.*have 24\.0 GiB; .*plan.*CUDA_VISIBLE_DEVICES",
     ):
         room.check_room(on_gpus, print)
+
+
+@pytest.mark.parametrize(
+    ("visible", "gib"),
+    [(None, 4), ("1,2", 24), ("2", 80), ("GPU-bb, GPU-cccc", 24), ("0,1", 4), ("", 0), ("7", 0)],
+)
+def test_a_gpu_that_this_process_may_not_use_does_not_count(
+    visible: str | None, gib: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small card for the display beside two for work, as a driver would tell of them."""
+    told = "".join(f"{i}, GPU-{4 * 'abc'[i]}-0, {size * 1024}\n" for i, size in enumerate((4, 24, 80)))
+    (tmp_path / "nvidia-smi").write_text(
+        '#!/bin/sh\ncase "$1" in *=index,uuid,memory.total) cat "$0.txt";; *=index) echo 0; echo 1; echo 2;; *) exit 1;; esac\n'
+    )
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    (tmp_path / "nvidia-smi.txt").write_text(told)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        assert room.visible_gpus() == ["0", "1", "2"]
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert room.smallest_gpu() == gib * GIB
 
 
 def test_a_judge_keeps_its_gpus_where_the_run_can_do_with_the_others(
