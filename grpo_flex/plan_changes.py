@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
-from grpo_flex.config import ConfigError, RunConfig
+from grpo_flex.config import ConfigError, Full, RunConfig
 from grpo_flex.overrides import override
 from grpo_flex.plan import Plan, make_plan
 
@@ -44,7 +44,7 @@ def _needed(
 
 
 def _changes(config: RunConfig) -> Iterator[str]:
-    """From what costs least to what costs most: smaller micro-batches, precision, time, the size of a group."""
+    """From what costs least to what costs most: smaller micro-batches, precision, time, the base's own bits, the group."""
     size = config.sampling.micro_batch or config.sampling.group_size
     while size > 1 and not config.sampling.batch_tokens:
         size = math.ceil(size / 2)
@@ -58,6 +58,9 @@ def _changes(config: RunConfig) -> Iterator[str]:
     yield "generator.memory.vae_tiling=true"
     yield "generator.vae_dtype=bfloat16"
     yield "generator.memory.offload=true"
+    if not isinstance(config.adapter, Full):  # quantised weights cannot be trained
+        bits = getattr(getattr(config.generator, "memory", None), "base_bits", 0)
+        yield from (f"generator.memory.base_bits={fewer}" for fewer in (8, 4) if not bits or fewer < bits)
     size = config.sampling.group_size
     while size > 4:
         size = max(4, size // 2)

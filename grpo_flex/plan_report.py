@@ -102,11 +102,12 @@ def _fit(plan: Plan, gpus: int, gpu_memory: float) -> Iterator[str]:
     found = first_change(plan, gpus, gpu_memory)
     if found is None:
         yield (
-            "No single change of micro-batch, precision, recomputation, offloading and group size makes it fit, nor all of "
-            "them together."
+            "No single change of micro-batch, precision, recomputation, offloading, quantisation and group size makes it "
+            "fit, nor all of them together."
         )
     else:
-        yield f"First change that makes it fit: {' '.join(found[0])} ({_gib(found[1].fullest()).strip()})."
+        needs = "; base_bits needs bitsandbytes" if any("base_bits" in change for change in found[0]) else ""
+        yield f"First change that makes it fit: {' '.join(found[0])} ({_gib(found[1].fullest()).strip()}{needs})."
 
 
 def _tera(flops: float) -> str:

@@ -17,13 +17,17 @@ def check_room(config: RunConfig, say: Callable[[str], None]) -> None:
     Says nothing of a run on CPUs, on a cluster whose GPUs are not this machine's, or of a model that cannot be planned.
 
     Raises:
-        ConfigError: what would lie on one GPU all the time is more than it has.
+        ConfigError: what would lie on one GPU all the time is more than it has, or what makes it less is not installed.
     """
     from grpo_flex.plan import make_plan
 
     place = config.placement
     if _elsewhere(config) or not (place.rollout_gpus or place.learner_gpus):
         return
+    try:
+        config.generator.memory.check_installed()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     memory = smallest_gpu()
     if not memory:
         return

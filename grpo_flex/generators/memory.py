@@ -42,18 +42,30 @@ class Memory:
             yield "attention", 'is empty; name a back-end of diffusers, such as "native"'
         if self.base_bits not in (0, 4, 8):
             yield "base_bits", f"is {self.base_bits}; it needs to be 8 or 4, or 0 for no quantisation"
-        elif self.base_bits and importlib.util.find_spec("bitsandbytes") is None:
-            yield (
-                "base_bits",
-                f"is {self.base_bits}, which needs bitsandbytes and it is not installed: pip install bitsandbytes (CUDA only), or set 0",
-            )
         if self.encodings and Path(self.encodings).exists() and not Path(self.encodings).is_dir():
             yield "encodings", f"is {self.encodings!r}, which is a file; give a folder, or the name of one to be made"
 
+    def check_installed(self) -> None:
+        """Refuse a quantisation whose package is not here. Not one of the ``problems``: a plan needs no package.
+
+        Raises:
+            ValueError: with what to install.
+        """
+        if self.base_bits and importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError(
+                f"generator.memory.base_bits is {self.base_bits}, which needs bitsandbytes and it is not installed: "
+                "pip install bitsandbytes (CUDA only), or set 0"
+            )
+
     def quantization(self, dtype: torch.dtype) -> Any:
-        """What ``from_pretrained`` needs to quantise the transformer; None where it is not asked for."""
+        """What ``from_pretrained`` needs to quantise the transformer; None where it is not asked for.
+
+        Raises:
+            ValueError: the package for it is not installed.
+        """
         if not self.base_bits:
             return None
+        self.check_installed()
         from diffusers import PipelineQuantizationConfig
 
         settings: dict[str, Any] = {f"load_in_{self.base_bits}bit": True}

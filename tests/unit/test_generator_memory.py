@@ -154,15 +154,24 @@ def complaints(part: Any) -> dict[str, str]:
     return dict(part.problems())
 
 
-def test_what_cannot_be_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     said = complaints(Memory(checkpoint_every=-1, attention="", base_bits=3, encodings=str(tmp_path / "file")))
     assert said.keys() == {"checkpoint_every", "attention", "base_bits", "encodings"}
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    assert "pip install bitsandbytes" in complaints(Memory(base_bits=4))["base_bits"]
 
 
-def test_settings_of_bitsandbytes() -> None:
+def test_bitsandbytes_is_asked_for_where_weights_are_loaded_and_not_in_a_configuration(
+    flux: Flux, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
+    quantised = replace(flux, memory=Memory(base_bits=4))
+    assert not complaints(quantised.memory)
+    with pytest.raises(ValueError, match=r"generator\.memory\.base_bits is 4.*pip install bitsandbytes"):
+        quantised.load("cpu")
+
+
+def test_settings_of_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Memory, "check_installed", lambda _: None)
     assert Memory().quantization(torch.bfloat16) is None
     four = Memory(base_bits=4).quantization(torch.bfloat16)
     assert four.quant_kwargs["load_in_4bit"] and "transformer" in four.components_to_quantize

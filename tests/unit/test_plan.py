@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from grpo_flex import plan_changes
 from grpo_flex.__main__ import main
-from grpo_flex.config import ConfigError, RunConfig
+from grpo_flex.config import ConfigError, Full, RunConfig
 from grpo_flex.generators.blank import blank_pipeline, describe, stand_in, without_weights
 from grpo_flex.generators.flux import Flux, FluxKontext
 from grpo_flex.generators.flux2 import Flux2Dev, Flux2DevEdit, Flux2Klein, Flux2KleinEdit
@@ -324,6 +325,26 @@ def test_a_smaller_micro_batch_is_the_first_thing_to_try(config: RunConfig, monk
     ):
         found = first_change(weighed(config), 1, memory)
         assert found and found[0] == changes
+
+
+def test_quantisation_is_the_last_thing_before_a_smaller_group(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base of 16 GiB in 16 bits, and 1 GiB that stays; bitsandbytes is not needed to say so. Full weights are trained as they are."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
+    whole = replace(config, adapter=Full())
+
+    def weighed(config: RunConfig) -> Plan:
+        generator: Any = config.generator
+        return planned(config, process("learner", 1, 1, 1 + (generator.memory.base_bits or 16)))
+
+    monkeypatch.setattr(plan_changes, "make_plan", weighed)
+    for memory, bits in ((10, 8), (6, 4)):
+        found = first_change(weighed(config), 1, memory)
+        assert found and found[0] == [f"generator.memory.base_bits={bits}"]
+        found[1].config.validate()
+    assert first_change(weighed(config), 1, 4) is None
+    assert first_change(weighed(whole), 1, 10) is None
 
 
 @pytest.mark.parametrize(

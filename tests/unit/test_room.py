@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from grpo_flex import plan, room
 from grpo_flex.config import ConfigError, RunConfig
+from grpo_flex.overrides import override
 from grpo_flex.plan import GIB, Plan, Process
 
 
@@ -83,6 +85,18 @@ def test_a_judge_keeps_its_gpus_where_the_run_can_do_with_the_others(
     assert room.apart(on_gpus, ["3"], 2.5, heard.append) == [] and "judge that this run started has GPU 3" in heard[0]
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")  # whose daemon on this machine knows nothing of the judge
     assert room.apart(on_gpus, ["3"], 1.0, heard.append) == [] and len(heard) == 2
+
+
+def test_a_run_whose_quantisation_is_not_installed_is_refused(
+    on_gpus: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(room, "smallest_gpu", lambda: 0)
+    quantised = override(on_gpus, ["generator.memory.base_bits=8"])
+    with pytest.raises(ConfigError, match=r"base_bits is 8.*pip install bitsandbytes"):
+        room.check_room(quantised, print)
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")  # what is installed there is not known here
+    room.check_room(quantised, print)
 
 
 def test_a_model_that_cannot_be_planned_stops_no_run(on_gpus: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
