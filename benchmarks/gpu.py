@@ -30,6 +30,9 @@ class Row:
     """Sustained, 10¹² a second."""
     update_s: float
     update_tflops: float
+    """Of the model alone, as if no activation were recomputed: its share of the peak is the model FLOP utilisation."""
+    update_hardware_tflops: float
+    """Of all that the card did, recomputation included: the hardware FLOP utilisation."""
     peak_gib: float
     """Of the update, as the CUDA allocator counts; 0 on the CPU."""
     planned_gib: float
@@ -79,15 +82,19 @@ def measure(config: RunConfig, name: str, device: str) -> Row:
     update_s = _seconds(update, device)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
     process = next(p for p in plan.processes if p.name == "learner")
-    rollout_flops, update_flops = (
-        plan.forward_flops * config.sampling.steps,
-        plan.update_flops / config.prompts.per_step,
-    )
+    tera = 1e12 * config.prompts.per_step * update_s
     return Row(
-        name=name, rollout_s=rollout_s, rollout_tflops=rollout_flops / rollout_s / 1e12, update_s=update_s,
-        update_tflops=update_flops / update_s / 1e12, peak_gib=peak / GIB, planned_gib=process.total / GIB,
+        name=name, rollout_s=rollout_s, rollout_tflops=plan.forward_flops * config.sampling.steps / rollout_s / 1e12,
+        update_s=update_s, update_tflops=make_plan(with_memory(config, checkpoint_every=0)).update_flops / tera,
+        update_hardware_tflops=plan.update_flops / tera, peak_gib=peak / GIB, planned_gib=process.total / GIB,
         gap=float(gap.mean()), largest_gap=float(gap.max()),
     )  # fmt: skip
+
+
+def with_memory(config: RunConfig, **changes: Any) -> RunConfig:
+    """The same experiment with other fields of ``generator.memory``."""
+    generator: Any = config.generator
+    return replace(config, generator=replace(generator, memory=replace(generator.memory, **changes)))
 
 
 def _rollout(config: RunConfig, policy: Any, device: str) -> tuple[Any, Any]:
@@ -153,9 +160,7 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> list[Row]:
         settings["recomputed, compiled"] = {"checkpoint_every": 1, "compile": True}
     rows = []
     for name, changes in settings.items():
-        generator: Any = config.generator
-        varied = replace(generator, memory=replace(generator.memory, **changes))
-        rows.append(measure(replace(config, generator=varied), name, device))
+        rows.append(measure(with_memory(config, **changes), name, device))
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
@@ -165,11 +170,14 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> list[Row]:
 
 def _print(rows: list[Row], peak_tflops: float) -> None:
     for row in rows:
-        share = f" ({row.rollout_tflops / peak_tflops:.1%})" if peak_tflops else ""
-        of_update = f" ({row.update_tflops / peak_tflops:.1%})" if peak_tflops else ""
+
+        def rate(tflops: float) -> str:
+            return f"{tflops:8.3f} TFLOP/s" + (f" ({tflops / peak_tflops:.1%})" if peak_tflops else "")
+
         print(f"{row.name}")
-        print(f"  rollout of a group   {row.rollout_s:9.3f} s   {row.rollout_tflops:8.3f} TFLOP/s{share}")
-        print(f"  update of a group    {row.update_s:9.3f} s   {row.update_tflops:8.3f} TFLOP/s{of_update}")
+        print(f"  rollout of a group   {row.rollout_s:9.3f} s   {rate(row.rollout_tflops)} of the model")
+        print(f"  update of a group    {row.update_s:9.3f} s   {rate(row.update_tflops)} of the model")
+        print(f"  {'':<33}{rate(row.update_hardware_tflops)} of the hardware, recomputation included")
         print(f"  peak memory          {row.peak_gib:9.3f} GiB, planned {row.planned_gib:.3f}")
         print(f"  log-prob gap         {row.gap:9.2e} mean, {row.largest_gap:.2e} largest")
 

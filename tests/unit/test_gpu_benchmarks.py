@@ -16,7 +16,7 @@ from benchmarks import gpu_flux, gpu_wan
 arguments = ["--tiny", "--group-size", "2", "--steps", "3", "--no-compile"]
 rows = [row for benchmark in (gpu_flux, gpu_wan) for row in benchmark.main(arguments)]
 for row in rows:
-    print(row.gap, row.rollout_tflops, row.update_tflops, row.planned_gib)
+    print(row.gap, row.rollout_tflops, row.update_tflops, row.update_hardware_tflops, row.planned_gib)
 """
 
 
@@ -33,3 +33,7 @@ def test_they_and_all_that_they_need_run_without_ray() -> None:
         gap, *others = map(float, line.split())
         assert 0 <= gap < 1e-2
         assert all(math.isfinite(value) and value > 0 for value in others)
+        _, model, hardware, *_ = others
+        assert (
+            1.3 * model < hardware < 1.55 * model
+        )  # beside a frozen base forward and back cost the same; and forward again
