@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+VERSIONS = 64
+"""Of a compiled block, for shapes, with and without gradients and the adapter. A run with all of it was seen to need 10."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
@@ -99,8 +102,8 @@ class Memory:
             transformer.enable_gradient_checkpointing(_every(self.checkpoint_every, repeated_blocks(transformer)))
         if self.attention != "native":
             _set_attention(transformer, self.attention)
-        for block in repeated_blocks(transformer) if self.compile else ():
-            block.compile()
+        if self.compile:
+            _compile(repeated_blocks(transformer))
 
     def apply_to_vae(self, vae: Any) -> None:
         if self.vae_slicing:
@@ -113,6 +116,19 @@ def repeated_blocks(transformer: Any) -> list[torch.nn.Module]:
     """The transformer's blocks in the order of the forward pass: most of its weights and activations."""
     names = transformer._no_split_modules  # SD3 has no _repeated_blocks; where both are there, they are the same
     return [module for module in transformer.modules() if type(module).__name__ in names]
+
+
+def _compile(blocks: list[torch.nn.Module]) -> None:
+    """Compile each block, and let Dynamo keep a version of it for every kind of pass.
+
+    By default it keeps 8 of a class. Rollout, reference, update and held-out samples are a version each, and again for
+    another micro-batch; what came after the eighth would run uncompiled, by other kernels than those that it is compared with.
+    """
+    from torch._dynamo import config
+
+    config.recompile_limit = max(config.recompile_limit, VERSIONS)  # of this thread, which is the one that computes
+    for block in blocks:
+        block.compile()
 
 
 def _every(n: int, blocks: list[torch.nn.Module]) -> Callable[..., Any]:

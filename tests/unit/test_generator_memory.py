@@ -64,19 +64,23 @@ def test_recomputed_activations_give_the_same_gradient(
     assert torch.equal(v, expected[0]) and all(map(torch.equal, gradient, expected[1]))
 
 
-def test_compiled_blocks_give_the_same_velocity_with_and_without_the_adapter(
-    flux: Flux, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[torch.nn.Module]:
+    """The modules that are compiled, without a compiler: the tracing is what may go wrong."""
     compiled: list[torch.nn.Module] = []
     compile_module = torch.nn.Module.compile
 
     def traced(self: torch.nn.Module, *args: Any, **options: Any) -> None:
         compiled.append(self)
-        compile_module(
-            self, *args, backend="eager", **options
-        )  # the tracing is what may go wrong; it takes no compiler
+        compile_module(self, *args, backend="eager", **options)
 
     monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    return compiled
+
+
+def test_compiled_blocks_give_the_same_velocity_with_and_without_the_adapter(
+    flux: Flux, compiled: list[torch.nn.Module]
+) -> None:
     plain, fast = loaded(flux, Memory())[0], loaded(flux, Memory(compile=True))[0]
     assert compiled == repeated_blocks(fast.transformer)
     x, conditioning = torch.randn(2, *plain.latent_shape), plain.encode([PROMPT])[0]
@@ -86,6 +90,27 @@ def test_compiled_blocks_give_the_same_velocity_with_and_without_the_adapter(
     for one, two in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, two)
     assert not torch.allclose(theirs[0], theirs[1])
+
+
+@pytest.mark.usefixtures("compiled")
+def test_a_compiled_block_has_a_version_for_each_of_many_shapes() -> None:
+    """As many as a run of several micro-batches, sizes and kinds of pass may ask for, none of which may run uncompiled."""
+
+    class Block(torch.nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:  # Dynamo leaves torch's own alone
+            return super().forward(input).relu()
+
+    class Blocks(torch.nn.Sequential):
+        _no_split_modules = ("Block",)
+
+    blocks = Blocks(Block(2, 2), Block(2, 2))
+    strict = {"recompile_limit": 8, "fail_on_recompile_limit_hit": True, "automatic_dynamic_shapes": False}
+    with torch._dynamo.config.patch(strict):
+        Memory(compile=True).apply(blocks)
+        for tokens in range(1, 13):
+            for grad in (True, False):
+                with torch.set_grad_enabled(grad):
+                    blocks(torch.zeros(tokens, 2))
 
 
 def test_the_attention_back_end_can_be_chosen(flux: Flux, tmp_path: Path) -> None:
