@@ -93,10 +93,7 @@ def _fit(plan: Plan, gpus: int, gpu_memory: float) -> Iterator[str]:
             yield "It is tight: CUDA's own memory, libraries' workspaces and fragmentation are not in these numbers."
         return
     if needed > gpus:
-        yield (
-            f"\nDoes not fit: placement asks for {needed} GPUs and there are {gpus}; set placement.rollout_workers, "
-            "placement.learners, and rollout_gpus and learner_gpus below 1 for processes that share one."
-        )
+        yield f"\nDoes not fit: placement asks for {needed} GPUs and there are {gpus}; set {_fewer_gpus(plan)}."
         return
     yield f"\nDoes not fit: the fullest GPU would hold {_gib(full).strip()} of {gpu_memory:g} GiB."
     found = first_change(plan, gpus, gpu_memory)
@@ -108,6 +105,16 @@ def _fit(plan: Plan, gpus: int, gpu_memory: float) -> Iterator[str]:
     else:
         needs = "; base_bits needs bitsandbytes" if any("base_bits" in change for change in found[0]) else ""
         yield f"First change that makes it fit: {' '.join(found[0])} ({_gib(found[1].fullest()).strip()}{needs})."
+
+
+def _fewer_gpus(plan: Plan) -> str:
+    """The fields of ``placement`` that decide it. NCCL takes no two ranks on one GPU, so those of a group share none."""
+    place = plan.config.placement
+    if place.colocated:
+        return "placement.learners, each of which has a GPU of its own"
+    if place.learners > 1 or place.broadcast:
+        return "placement.rollout_workers and placement.learners"
+    return "placement.rollout_workers, and rollout_gpus and learner_gpus below 1 for workers that share one with the learner"
 
 
 def _tera(flops: float) -> str:

@@ -286,6 +286,24 @@ def test_times_follow_from_what_is_given(config: RunConfig) -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "shares"),
+    [
+        ({}, True),
+        ({"learners": 2}, False),  # NCCL refuses two ranks on one GPU
+        ({"colocated": True, "learners": 2}, False),
+        ({"broadcast": True}, False),  # the learner and its workers are ranks of one group too
+    ],
+)
+def test_sharing_a_gpu_is_advised_to_one_learner_beside_workers(
+    config: RunConfig, changes: dict[str, Any], shares: bool
+) -> None:
+    config = replace(config, placement=replace(config.placement, **changes))
+    made = planned(config, process("worker", 2, 1, 10), process("learner", 1, 1, 20))
+    said = [line for line in report(made, 1, 80, tflops=0, judge_rate=0) if "there are 1; set placement." in line]
+    assert ["learner_gpus below 1" in line for line in said] == [shares]
+
+
+@pytest.mark.parametrize(
     ("gpu_memory", "changes"),
     [
         (35, ["generator.dtype=bfloat16"]),
