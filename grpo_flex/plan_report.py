@@ -90,7 +90,7 @@ def _fit(plan: Plan, gpus: int, gpu_memory: float) -> Iterator[str]:
     if plan.fits(gpus, gpu_memory):
         yield f"\nFits: {needed} of {gpus} GPUs are used, and the fullest holds {_gib(full).strip()} of {gpu_memory:g} GiB."
         if full > TIGHT * gpu_memory * GIB:
-            yield "It is tight: CUDA's own memory, libraries' workspaces and fragmentation are not in these numbers."
+            yield "It is tight: CUDA's own memory, fragmentation and most of the libraries' workspaces are not in these numbers."
         return
     if needed > gpus:
         yield f"\nDoes not fit: placement asks for {needed} GPUs and there are {gpus}; set {_fewer_gpus(plan)}."

@@ -82,25 +82,41 @@ def test_what_autograd_keeps_is_foretold(tiny: RunConfig, targets: tuple[str, ..
     assert foretold == pytest.approx(kept, rel=0.01)
 
 
-def test_peak_of_the_update_matches_the_allocators(tiny: RunConfig, tiny_plan: Plan) -> None:
-    """Allocations of the CPU, as PyTorch's profiler reports them, while one real pass goes forward and back."""
-    learner = Learner(tiny)
-    call = forward(learner, tiny.sampling.group_size)
-
-    def one_pass() -> None:
-        call().square().mean(dim=(1, 2)).sum().backward()
-
-    one_pass()
+def peak_of(call: Callable[[], Any]) -> int:
+    """Largest sum of the CPU's allocations, as PyTorch's profiler reports them, while ``call`` runs for the second time."""
+    call()
     with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
-        one_pass()
+        call()
     peak = now = 0
     results: Any = profile.profiler
     for event in results.kineto_results.events():
         if event.name() == "[memory]":
             now += event.nbytes()
             peak = max(peak, now)
+    return peak
+
+
+def test_peak_of_the_update_matches_the_allocators(tiny: RunConfig, tiny_plan: Plan) -> None:
+    """One real pass goes forward and back."""
+    call = forward(Learner(tiny), tiny.sampling.group_size)
+    peak = peak_of(lambda: call().square().mean(dim=(1, 2)).sum().backward())
     (planned,) = (p.parts["activations"] for p in tiny_plan.processes if p.name == "learner")
     assert planned == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_peaks_of_sampling_and_decoding_match_the_allocators(tiny: RunConfig, size: int) -> None:
+    """A real group: sampling to a few bytes. Decoding never above the plan, whose share for workspaces is not far too much."""
+    config = override(tiny, [f"generator.height={size}", f"generator.width={size}"])
+    learner, moments = Learner(config), make_plan(config).processes[0].moments
+    model: Any = learner.model
+    sample = forward(learner, config.sampling.group_size)
+    x = torch.zeros(config.sampling.group_size, *model.latent_shape)
+    with torch.no_grad():
+        sampling, decoding = peak_of(sample), peak_of(lambda: model.decode(x))
+    assert moments["sampling"]["activations"] == pytest.approx(sampling, rel=1e-3)
+    planned = moments["decoding"]["activations"] + moments["decoding"]["workspaces (assumed)"]
+    assert decoding <= planned < 1.2 * decoding
 
 
 def test_flops_are_those_that_pytorch_counts(tiny: RunConfig) -> None:
