@@ -17,7 +17,7 @@ from typing import Any
 
 from grpo_flex.config import RunConfig
 from grpo_flex.generators.blank import Description, stand_in, without_weights
-from grpo_flex.plan import GIB, make_plan
+from grpo_flex.plan import GIB, Process, make_plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,11 @@ class Row:
     peak_gib: float
     """Of the update, as the CUDA allocator counts; 0 on the CPU."""
     planned_gib: float
+    rollout_peak_gib: float
+    """The same of the rollout, and below of decoding, each beside what the learner has in its memory anyway."""
+    rollout_planned_gib: float
+    decode_peak_gib: float
+    decode_planned_gib: float
     gap: float
     """Mean over siblings and steps of |log p of the rollout − log p of the update|, nats a dimension."""
     largest_gap: float
@@ -76,17 +81,17 @@ def measure(config: RunConfig, name: str, device: str) -> Row:
     trajectories, logprobs = _rollout(config, policy, device)
     gap = _gap(policy, trajectories, logprobs)
     update()
-    rollout_s = _seconds(lambda: _rollout(config, policy, device), device)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    update_s = _seconds(update, device)
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
-    process = next(p for p in plan.processes if p.name == "learner")
+    rollout_s, rollout_peak = _measured(lambda: _rollout(config, policy, device), device)
+    _, decode_peak = _measured(lambda: model.decode(trajectories.final_GNC), device)
+    update_s, peak = _measured(update, device)
+    worker, updating = plan.processes
     tera = 1e12 * config.prompts.per_step * update_s
     return Row(
         name=name, rollout_s=rollout_s, rollout_tflops=plan.forward_flops * config.sampling.steps / rollout_s / 1e12,
         update_s=update_s, update_tflops=make_plan(with_memory(config, checkpoint_every=0)).update_flops / tera,
-        update_hardware_tflops=plan.update_flops / tera, peak_gib=peak / GIB, planned_gib=process.total / GIB,
+        update_hardware_tflops=plan.update_flops / tera, peak_gib=peak / GIB, planned_gib=updating.total / GIB,
+        rollout_peak_gib=rollout_peak / GIB, rollout_planned_gib=_beside(updating, worker, "sampling") / GIB,
+        decode_peak_gib=decode_peak / GIB, decode_planned_gib=_beside(updating, worker, "decoding") / GIB,
         gap=float(gap.mean()), largest_gap=float(gap.max()),
     )  # fmt: skip
 
@@ -135,15 +140,25 @@ def _gap(policy: Any, trajectories: Any, logprobs: Any) -> Any:
     return (torch.stack(scored, 1) - logprobs).abs()
 
 
-def _seconds(call: Callable[[], Any], device: str) -> float:
+def _beside(learner: Process, worker: Process, moment: str) -> int:
+    """Planned bytes of the one process here: what the learner holds anyway, and what a worker's moment adds to it."""
+    added = {name: size for name, size in worker.moments[moment].items() if name not in worker.stays}
+    return sum({**learner.stays, **added}.values())
+
+
+def _measured(call: Callable[[], Any], device: str) -> tuple[float, int]:
+    """Seconds, and the peak of the CUDA allocator's bytes; 0 on the CPU."""
     import torch
 
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    on_gpu = device == "cuda"
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
     wait()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     call()
     wait()
-    return time.perf_counter() - began
+    return time.perf_counter() - began, torch.cuda.max_memory_allocated() if on_gpu else 0
 
 
 def run(config: RunConfig, arguments: argparse.Namespace) -> list[Row]:
@@ -178,7 +193,9 @@ def _print(rows: list[Row], peak_tflops: float) -> None:
         print(f"  rollout of a group   {row.rollout_s:9.3f} s   {rate(row.rollout_tflops)} of the model")
         print(f"  update of a group    {row.update_s:9.3f} s   {rate(row.update_tflops)} of the model")
         print(f"  {'':<33}{rate(row.update_hardware_tflops)} of the hardware, recomputation included")
-        print(f"  peak memory          {row.peak_gib:9.3f} GiB, planned {row.planned_gib:.3f}")
+        print(f"  peak of the rollout  {row.rollout_peak_gib:9.3f} GiB, planned {row.rollout_planned_gib:.3f}")
+        print(f"  peak of decoding     {row.decode_peak_gib:9.3f} GiB, planned {row.decode_planned_gib:.3f}")
+        print(f"  peak of the update   {row.peak_gib:9.3f} GiB, planned {row.planned_gib:.3f}")
         print(f"  log-prob gap         {row.gap:9.2e} mean, {row.largest_gap:.2e} largest")
 
 

@@ -16,7 +16,7 @@ from benchmarks import gpu_flux, gpu_wan
 arguments = ["--tiny", "--group-size", "2", "--steps", "3", "--no-compile"]
 rows = [row for benchmark in (gpu_flux, gpu_wan) for row in benchmark.main(arguments)]
 for row in rows:
-    print(row.gap, row.rollout_tflops, row.update_tflops, row.update_hardware_tflops, row.planned_gib)
+    print(row.gap, row.rollout_tflops, row.update_tflops, row.update_hardware_tflops, row.planned_gib, row.rollout_planned_gib, row.decode_planned_gib)
 """
 
 
