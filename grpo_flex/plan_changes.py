@@ -45,12 +45,14 @@ def _needed(
 
 def _changes(config: RunConfig) -> Iterator[str]:
     """From what costs least to what costs most: smaller micro-batches, precision, time, the base's own bits, the group."""
+    bits = getattr(getattr(config.generator, "memory", None), "base_bits", 0)
+    shares_out = config.placement.learners > 1 and not config.placement.colocated and not bits
     size = config.sampling.micro_batch or config.sampling.group_size
     while size > 1 and not config.sampling.batch_tokens:
         size = math.ceil(size / 2)
         yield f"sampling.micro_batch={size}"
     yield "generator.dtype=bfloat16"
-    if config.placement.learners > 1 and not config.placement.colocated:
+    if shares_out:
         yield "placement.shard_base=true"
     yield "generator.memory.checkpoint_every=1"
     yield "generator.memory.encodings=encodings"
@@ -58,8 +60,9 @@ def _changes(config: RunConfig) -> Iterator[str]:
     yield "generator.memory.vae_tiling=true"
     yield "generator.vae_dtype=bfloat16"
     yield "generator.memory.offload=true"
-    if not isinstance(config.adapter, Full):  # quantised weights cannot be trained
-        bits = getattr(getattr(config.generator, "memory", None), "base_bits", 0)
+    if (
+        not isinstance(config.adapter, Full) and not shares_out
+    ):  # quantised weights can be neither trained nor shared out
         yield from (f"generator.memory.base_bits={fewer}" for fewer in (8, 4) if not bits or fewer < bits)
     size = config.sampling.group_size
     while size > 4:

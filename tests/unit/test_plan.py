@@ -366,6 +366,7 @@ def test_quantisation_is_the_last_thing_before_a_smaller_group(
 ) -> None:
     """A base of 16 GiB in 16 bits, and 1 GiB that stays; bitsandbytes is not needed to say so. Full weights are trained as they are."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
+    config = replace(config, placement=replace(config.placement, learner_gpus=1.0, rollout_gpus=1.0))
     whole = replace(config, adapter=Full())
 
     def weighed(config: RunConfig) -> Plan:
@@ -379,6 +380,10 @@ def test_quantisation_is_the_last_thing_before_a_smaller_group(
         found[1].config.validate()
     assert first_change(weighed(config), 1, 4) is None
     assert first_change(weighed(whole), 1, 10) is None
+    shared = replace(
+        config, placement=replace(config.placement, learners=2)
+    )  # weights that are shared out are not quantised
+    assert first_change(weighed(shared), 3, 10) is None
 
 
 @pytest.mark.parametrize(
