@@ -279,7 +279,7 @@ class Scribe:
 
     async def report(self) -> dict[str, float]:
         """Figures since the last call; what was said until then is in the file."""
-        self.log.flush()
+        self.log.sync()
         return {}
 
     async def states(self) -> list[EndpointState]:
@@ -310,7 +310,7 @@ class JudgeActor(Scribe):
         return await self.client.wait_until_healthy(0.0, heartbeat=lambda _: None)
 
     async def report(self) -> dict[str, float]:
-        self.log.flush()
+        self.log.sync()
         return self.client.counters() | await self.client.cache_hit_rates()
 
     async def states(self) -> list[EndpointState]:

@@ -293,7 +293,7 @@ class Judge:
         if self.server is not None and self.endpoints:
             yield "endpoints", "is set together with judge.server: choose one"
         for url in self.endpoints:
-            if "@" in url:
+            if "@" in url.partition("://")[2].partition("/")[0]:
                 yield (
                     "endpoints",
                     _secret(f"set the variable {self.api_key_env} (judge.api_key_env) to the judge's key"),
@@ -466,7 +466,7 @@ class Checkpoint:
         for name in ("every", "keep"):
             if getattr(self, name) < 1:
                 yield name, f"is {getattr(self, name)}; it needs at least 1"
-        if "@" in self.mirror.partition("://")[2].partition("/")[0]:
+        if ":" in self.mirror.partition("://")[2].partition("/")[0].rpartition("@")[0]:  # a name alone is no secret
             yield "mirror", _secret("fsspec takes credentials from the storage's own variables and files")
         elif self.mirror:
             from grpo_flex.copied_run import problem

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from grpo_flex.pairing import Calibrated
 from grpo_flex.rewards import BradleyTerry, Consistent, Several, WinRate
 
 if TYPE_CHECKING:
@@ -224,7 +225,9 @@ def _incomplete(config: RunConfig) -> Iterator[Problem]:
     """Who meets only some of the others may owe wins to them, which win rates do not see."""
     assert config.judge is not None
     judge, size = config.judge, config.sampling.group_size
-    if size < 2 or not hasattr(judge.pairs, "pairs"):
+    if (
+        size < 2 or isinstance(judge.pairs, Calibrated) or not hasattr(judge.pairs, "pairs")
+    ):  # measured with win rates too
         return
     asked = {frozenset(members) for members in judge.questions(size, 0) if len(members) == 2}
     for name, reward in _pairwise("reward", config.reward):

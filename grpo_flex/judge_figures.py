@@ -18,11 +18,13 @@ def judged_share(verdicts: Sequence[Verdict]) -> float:
     A verdict on two that names no winner is none. Where both pairs and single siblings are asked about, the smaller share
     of the two.
     """
-    kinds = [
-        [v.status == "ok" and not _without_winner(v) for v in verdicts if len(v.members) == count]
-        for count in {len(v.members) for v in verdicts}
-    ]
-    return min((sum(answered) / len(answered) for answered in kinds), default=0.0)
+    kinds = [[answered(v) for v in verdicts if len(v.members) == count] for count in {len(v.members) for v in verdicts}]
+    return min((sum(kind) / len(kind) for kind in kinds), default=0.0)
+
+
+def answered(verdict: Verdict) -> bool:
+    """Whether the question was answered: the reply was read, and tells the better one of two."""
+    return verdict.status == "ok" and not _without_winner(verdict)
 
 
 def _without_winner(verdict: Verdict) -> bool:
@@ -143,7 +145,7 @@ def what_to_mend(groups: Sequence[Sequence[Verdict]]) -> str:
 
 
 def _commonest(groups: Sequence[Sequence[Verdict]]) -> Verdict | None:
-    lacking = [v for group in groups for v in group if v.problem and (v.status != "ok" or _without_winner(v))]
+    lacking = [v for group in groups for v in group if v.problem and not answered(v)]
     lacking = [v for v in lacking if v.seconds > 0] or lacking  # those that were sent say why the others were not
     counted = Counter(v.problem for v in lacking).most_common(1)
     return next(v for v in lacking if v.problem == counted[0][0]) if counted else None
@@ -152,7 +154,7 @@ def _commonest(groups: Sequence[Sequence[Verdict]]) -> Verdict | None:
 SAID_SHOWN = 200
 """Characters of a server's refusal that a message shows."""
 OTHER_REPLIES = (
-    "see its replies with `python -m grpo_flex verdicts RUN --show unparsed --full`: is it the model that judge.family is for, "
+    "see its replies with `python -m grpo_flex verdicts RUN --full`: is it the model that judge.family is for, "
     "and its instruction (judge.family.prompt_file) the one that it was trained on?"
 )
 PERSISTENT = {

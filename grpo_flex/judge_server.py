@@ -15,6 +15,10 @@ class JudgeAway(Exception):
     """The judge is gone for longer, or more often, than the configuration bears. The message says what to do."""
 
 
+class JudgeUseless(JudgeAway):
+    """The judge is there, and would answer as uselessly again."""
+
+
 class JudgeServer:
     """The judge process of a run; a context manager that stops it.
 

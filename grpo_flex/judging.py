@@ -35,6 +35,7 @@ from grpo_flex.endpoints import (
     hit_rates,
     is_alive,
 )
+from grpo_flex.judge_figures import answered
 from grpo_flex.rewards import overall_answers
 from grpo_flex.sources import fitted_source
 from grpo_flex.types import Prompt, RolloutGroup, Verdict, VerdictStatus
@@ -131,7 +132,7 @@ class JudgeClient:
             group: G siblings of one prompt.
             seed: Chooses the pairs and their orders; the same seed asks the same questions.
             previous: Verdicts of an earlier call, whose time may be spent: the step gets its whole budget
-                again, those that are "ok" are kept, and only the others are asked.
+                again, answers are kept, and only the other questions are asked.
         """
         if previous:
             self.renew_budget(group.step)
@@ -163,7 +164,7 @@ class JudgeClient:
         Args:
             media_G: Awaitables of uint8 [F, H, W, 3]; each is encoded once, for all its questions with as many frames.
         """
-        known = {v.members: v for v in previous if v.status == "ok"}
+        known = {v.members: v for v in previous if answered(v)}
         said: list[Verdict] = []
         coming = [asyncio.ensure_future(media) for media in media_G]
         shown = {family.frames for family in self._families.values()}

@@ -120,6 +120,13 @@ class LearnerGroup:
         return self._until_done(lambda: self._send(role, invite))
 
     def adapter_files(self) -> dict[str, bytes]:
+        """Rank 0's, as ``save_pretrained`` writes them.
+
+        Raises:
+            RayError: the learners have died for good, hang, or are busy with an update that the run does without.
+        """
+        if self._lost is not None:
+            raise self._lost
         made: Any = self._until_done(lambda: self._each("adapter_files"))
         return made[0]
 

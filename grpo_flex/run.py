@@ -275,7 +275,7 @@ def _to_the_end(trainer: Trainer) -> int:
     from ray.exceptions import RayError
 
     from grpo_flex.fleet import Stranded
-    from grpo_flex.judge_server import JudgeAway
+    from grpo_flex.judge_server import JudgeAway, JudgeUseless
     from grpo_flex.train import SIGNAL_S, Interrupted, Starved, signals
 
     status = 0
@@ -285,7 +285,7 @@ def _to_the_end(trainer: Trainer) -> int:
             _export(trainer.cluster, trainer.log.run_dir, trainer.config)
         except (Interrupted, JudgeAway, Starved, Stranded) as reason:
             trainer.console.note(f"stopped: {reason}" if str(reason) else "stopped on request")
-            hopeless = isinstance(reason, Starved | Stranded) and not trainer.stopping(SIGNAL_S)
+            hopeless = isinstance(reason, Starved | Stranded | JudgeUseless) and not trainer.stopping(SIGNAL_S)
             status = MEND_FIRST if hopeless else RESUME_ME
         except RayError as error:
             if not trainer.stopping(SIGNAL_S):
@@ -299,7 +299,7 @@ def _to_the_end(trainer: Trainer) -> int:
 
 
 def _saved(trainer: Trainer) -> bool:
-    """Save the completed steps and export the adapter; False where a signal ended the processes that this needs."""
+    """Save the completed steps and export the adapter; False where the processes that this needs have ended, or are busy."""
     from ray.exceptions import RayError
 
     try:
@@ -310,7 +310,7 @@ def _saved(trainer: Trainer) -> bool:
     try:
         _export(trainer.cluster, trainer.log.run_dir, trainer.config)
     except RayError:
-        trainer.console.note(f"the learner has ended too; {where} is complete, the exported adapter is an older one")
+        trainer.console.note(f"no learner answers any more; {where} is complete, the exported adapter is an older one")
         return False
     return True
 

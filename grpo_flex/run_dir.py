@@ -15,7 +15,7 @@ from pathlib import Path
 from grpo_flex import checkpoint
 from grpo_flex.config import ConfigError, RunConfig
 from grpo_flex.config_file import from_json
-from grpo_flex.copied_run import MANIFEST, Copy, MirrorError, is_copy, problem, reason
+from grpo_flex.copied_run import MANIFEST, Copy, MirrorError, is_copy, newest_step, problem, reason, record
 from grpo_flex.overrides import override
 from grpo_flex.prompts import fingerprint
 from grpo_flex.status import Elsewhere, running_pid
@@ -63,18 +63,35 @@ def newest(config: RunConfig) -> str:
     """
     numbered = re.compile(re.escape(config.name) + r"(?:-(\d+))?")
     there = Path(config.runs_dir)
-    here = [path for path in there.glob("*") if numbered.fullmatch(path.name) and checkpoint.complete(path)]
-    if here:
-        return str(max(here, key=lambda path: checkpoint.complete(path)[-1].stat().st_mtime_ns))
+    runs = [path for path in there.glob("*") if numbered.fullmatch(path.name) and checkpoint.complete(path)]
+    here = max(runs, key=lambda path: checkpoint.complete(path)[-1].stat().st_mtime_ns, default=None)
     if not (place := config.checkpoint.mirror):
-        return ""
+        return str(here or "")
     copy = Copy.at(place)
     try:
         found = [Path(path).parent.name for path in copy.fs.glob(copy.path(f"{config.name}*/{MANIFEST}"))]
     except Exception as error:  # each back-end has errors of its own
         raise MirrorError(f"{place} cannot be read ({reason(error)})") from error
-    copies = [match for name in found if (match := numbered.fullmatch(name))]
-    return f"{place.rstrip('/')}/{max(copies, key=lambda m: int(m[1] or 1))[0]}" if copies else ""
+    copies = {int(match[1] or 1): name for name in found if (match := numbered.fullmatch(name))}
+    last = copies[max(copies)] if copies else ""
+    match = numbered.fullmatch(here.name) if here else None
+    if here is None or match is None or (last and max(copies) > int(match[1] or 1) and not (there / last).exists()):
+        return f"{place.rstrip('/')}/{last}" if last else ""
+    if here.name in copies.values():
+        _set_aside_if_older(here, f"{place.rstrip('/')}/{here.name}")
+    return str(here) if here.exists() else f"{place.rstrip('/')}/{here.name}"
+
+
+def _set_aside_if_older(run_dir: Path, url: str) -> None:
+    """Rename a directory whose run has gone on elsewhere, as its copy says: on a node's own disk that is what comes back to it."""
+    manifest = Copy.at(url).manifest()
+    if manifest is None or record(run_dir).get("run") != manifest.run or newest_step(run_dir) >= manifest.step:
+        return
+    aside = _make_unused(run_dir.with_name(f"{run_dir.name}.older"), lambda _: False)
+    run_dir.rename(aside)
+    say(
+        f"{run_dir} had come to step {newest_step(aside)}, and its copy {url} to step {manifest.step}: renamed to {aside}"
+    )
 
 
 def fetch(where: str, run_dir: Path) -> None:
@@ -99,7 +116,12 @@ def check_alone(run_dir: Path) -> None:
     except Elsewhere as error:  # a scheduler that starts a lost job again does so at once
         say(f"{run_dir} gave a sign on another host a moment ago; waiting {error.left_s:.0f} s for another one …")
         time.sleep(error.left_s + 1)
-        pid = running_pid(run_dir)
+        try:
+            pid = running_pid(run_dir)
+        except Elsewhere as later:
+            if later.sign != error.sign:
+                raise
+            pid = None
     if pid:
         raise ConfigError(f"{run_dir} is still running (process {pid}); stop it first, or wait until it has ended")
 

@@ -96,11 +96,11 @@ def _birth(pid: int) -> str:
 
 
 class Elsewhere(ConfigError):
-    """A run may still go on on another host; it does not if it gives no sign for so many seconds more."""
+    """A run may still go on on another host; it does not if it gives no other sign for so many seconds more."""
 
-    def __init__(self, message: str, left_s: float) -> None:
+    def __init__(self, message: str, left_s: float, sign: float) -> None:
         super().__init__(message)
-        self.left_s = left_s
+        self.left_s, self.sign = left_s, sign
 
 
 def running_pid(run_dir: Path) -> int | None:
@@ -117,7 +117,8 @@ def running_pid(run_dir: Path) -> int | None:
             f"{run_dir} is still running, or was until a moment ago, on another host ({state['host']}, process "
             f"{state['pid']}, last sign {_ago(state['time'])}); stop it there. If that host is gone, try again in "
             f"{duration(left)}, or remove {run_dir / STATUS} to go on at once",
-            left,
+            min(left, GONE_S),  # the clock of that host may be ahead
+            state["time"],
         )
     return int(state["pid"]) if alive and state["pid"] != os.getpid() else None
 

@@ -24,8 +24,8 @@ from grpo_flex.config import ConfigError, RunConfig
 from grpo_flex.console import Console
 from grpo_flex.fleet import Job
 from grpo_flex.guards import Regress, regress, spread, versus_base
-from grpo_flex.judge_figures import judge_metrics, judged_share, mostly, what_to_mend
-from grpo_flex.judge_server import JudgeAway, JudgeServer, Revival
+from grpo_flex.judge_figures import answered, judge_metrics, judged_share, mostly, what_to_mend
+from grpo_flex.judge_server import JudgeAway, JudgeServer, JudgeUseless, Revival
 from grpo_flex.metrics import RunLog, VerdictRow, curve, headline_key, keys_of, mean_scores, read_metrics
 from grpo_flex.mirror import Mirror
 from grpo_flex.prompts import PromptStream, seed_for
@@ -189,9 +189,9 @@ class Trainer:
                 mend = what_to_mend(lacking)
                 alike = alike + 1 if mend else 0
                 if alike >= ALIKE_ROUNDS:
-                    raise JudgeAway(f"{what}, however often it is asked: the judge is there; {mend}, then resume")
+                    raise JudgeUseless(f"{what}, however often it is asked: the judge is there; {mend}, then resume")
                 self._hold_for_judge(time.monotonic() - away_since, what, mend)
-                self._count("asked_again", sum(v.status != "ok" for i in missing for v in verdicts[i]))
+                self._count("asked_again", sum(not answered(v) for i in missing for v in verdicts[i]))
                 flight.asked |= {i: self._ask(flight, i, flight.groups[i], verdicts[i]) for i in missing}
                 again = self._get([flight.asked[i] for i in missing])
                 for i, verdict in zip(missing, again, strict=True):
@@ -295,8 +295,9 @@ class Trainer:
         state, config = self.cluster.learner_state(), self.config.checkpoint
         late = int(state["version"]) - self.step
         self.step += late
-        if late and self._numbers:  # the step is complete but for what was to come with its line
-            self.log.log(self.step, self._numbers)
+        if self._numbers and self.log.last_step < self.step:  # complete but for what was to come with its line
+            with suppress(OSError):  # the checkpoint is what counts
+                self.log.log(self.step, self._numbers)
         # References: with a broadcast there are no older ones. The newest update's own adapter may not be there yet.
         older: list[Any] = list(self._adapters)[late:][: self.config.sampling.lookahead]
         ahead: list[Adapter] = ray.get(older)

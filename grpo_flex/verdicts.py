@@ -79,11 +79,17 @@ class VerdictLog:
             try:
                 if file.write(member) < len(member):  # what a disk that becomes full does before it refuses
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-                os.fsync(file.fileno())  # a checkpoint, which is synced too, must not outlive its steps' verdicts
             except OSError:
                 file.truncate(whole)
                 raise
         self._lines = []
+
+    def sync(self) -> None:
+        """Writes what was collected, and waits until the disk has it: a checkpoint, which does too, must not outlive it."""
+        self.flush()
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def drop_from_step(path: str | Path, step: int) -> int:

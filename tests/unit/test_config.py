@@ -18,7 +18,7 @@ from grpo_flex.dynamics import Cps, FastWindow, FlowSde, Ode
 from grpo_flex.generators.flux import Flux
 from grpo_flex.generators.memory import Memory
 from grpo_flex.overrides import override
-from grpo_flex.pairing import Pivots, Swiss
+from grpo_flex.pairing import Calibrated, Pivots, Swiss
 from grpo_flex.rewards import BradleyTerry, Consistent, Several
 from reward_server.families.unified import Unified1Pair, Unified2Pair, Unified2Point
 from tests.configs import judge_of
@@ -172,6 +172,14 @@ def test_dimensions_that_the_judge_has_and_incomplete_plans_are_taken(config: Ru
     judge = replace(judge_of(config), family=Unified2Pair(), pairs=Pivots(count=1))
     replace(config, judge=judge, reward=BradleyTerry(anchors=("style", "alignment"))).validate()
     replace(config, judge=replace(judge_of(config), family=Unified1Pair())).validate()  # the overall winner alone
+    of_16 = replace(config.sampling, group_size=16)
+    replace(config, judge=replace(judge_of(config), pairs=Calibrated()), sampling=of_16).validate()
+
+
+def test_a_name_in_a_mirrors_url_is_no_secret(config: RunConfig) -> None:
+    mirror = "abfs://container@account.dfs.core.windows.net/runs"
+    said = [text for _, text in replace(config.checkpoint, mirror=mirror).problems()]
+    assert not any("password" in text for text in said)
 
 
 @pytest.mark.parametrize(

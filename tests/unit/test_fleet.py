@@ -274,6 +274,8 @@ def test_a_run_that_is_stopped_does_without_a_long_update(tmp_path: Path) -> Non
     with pytest.raises(Hung, match="to stop"):
         group.update(NOTHING, 3)
     assert group.state() == {"total": 3}
+    with pytest.raises(Hung):  # it would be the next call after the update
+        group.adapter_files()
 
 
 def test_learners_whose_state_is_lost_with_them_are_not_started_again(tmp_path: Path) -> None:

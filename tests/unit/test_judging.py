@@ -21,7 +21,7 @@ from PIL import Image
 
 from grpo_flex.config import Judge
 from grpo_flex.endpoints import EndpointPool, base_url
-from grpo_flex.judge_figures import judge_metrics, judged_share, kendall_w, mostly, what_to_mend
+from grpo_flex.judge_figures import answered, judge_metrics, judged_share, kendall_w, mostly, what_to_mend
 from grpo_flex.judging import JudgeClient, JudgeUnreachable, check_endpoints, encode_media, request_seed
 from grpo_flex.pairing import RoundRobin, Swiss
 from grpo_flex.rewards import Pointwise, Several, WinRate
@@ -786,6 +786,18 @@ def test_a_reply_that_leaves_the_winner_open_is_no_answer() -> None:
     assert judge_metrics([[open_ended, told]])["judge/without_winner"] == 1
     assert judged_share([Verdict(members=(0,), status="ok", scores={"a": (1.0,)})]) == 1
     assert what_to_mend([[open_ended]]) and not what_to_mend([[told]])
+
+
+def test_a_winner_that_was_left_open_is_asked_about_again(tmp_path: Path) -> None:
+    async def scenario() -> list[Verdict]:
+        async with Server(works) as server, JudgeClient(config(server.url), tmp_path / "v.gz") as client:
+            first = await client.judge(group(2), 0)
+            left_open = [replace(first[0], winner=None, problem="scores do not add up"), *first[1:]]
+            again = await client.judge(group(2), 0, left_open)
+            assert len(server.bodies) == 3
+            return again
+
+    assert all(map(answered, run(scenario())))
 
 
 def test_agreement_is_among_the_dimensions_that_there_are() -> None:

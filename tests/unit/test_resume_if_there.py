@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -113,3 +114,23 @@ def test_the_help_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
         main(["train", "--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert "--resume-if-there continue the experiment's newest run that has a checkpoint" in said
+
+
+def test_a_directory_whose_run_has_gone_on_elsewhere_is_set_aside(
+    own: RunConfig, tmp_path: Path, started: Started, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a node's own disk, to which the job comes back."""
+    place = f"file://{tmp_path}/mirror"
+    own = replace(own, checkpoint=replace(own.checkpoint, mirror=place))
+    run_dir = there(own, "tiny", saved=10)
+    Mirror(place, run_dir, print).finish()
+    left = tmp_path / "left"
+    shutil.copytree(run_dir, left)  # what the node keeps
+    checkpoint.save(run_dir, 50, {}, keep=1)
+    (run_dir / "metrics.jsonl").write_text('{"step": 50}\n')
+    Mirror(place, run_dir, print).finish()
+    shutil.rmtree(run_dir)
+    shutil.copytree(left, run_dir)
+    assert command(own, tmp_path) == 0
+    assert started == [(run_dir, 50, f"{place}/tiny")] and not run_dir.exists()
+    assert checkpoint.complete(run_dir.with_name("tiny.older")) and "renamed to" in capsys.readouterr().out

@@ -114,7 +114,7 @@ def test_a_checkpoint_carries_the_step_that_the_learners_are_at(
     trainer.config = SimpleNamespace(checkpoint=Checkpoint(), sampling=SimpleNamespace(lookahead=2))
     trainer.console = SimpleNamespace(phase=lambda name: None)
     lines: list[Any] = []
-    trainer.log = SimpleNamespace(run_dir=tmp_path, log=lambda *line: lines.append(line))
+    trainer.log = SimpleNamespace(run_dir=tmp_path, last_step=3, log=lambda *line: lines.append(line))
     trainer.mirror, trainer.basis, trainer._numbers = None, {}, {"reward/mean": 0.5}
     trainer.step, trainer._adapters = 3, [Adapters(version=v, tensors={}) for v in (1, 2, 3)]
     trainer.save()

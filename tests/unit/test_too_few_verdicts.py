@@ -87,7 +87,7 @@ def test_a_judge_that_would_give_the_same_useless_answers_again_is_not_asked_for
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     in_one_process(monkeypatch, judge := StandInJudge(lambda _: 0, problem="HTTP 400", said="the context is too short"))
-    assert run.train(replace(own(config, tmp_path, give_up_s=1000.0), steps=1)) == run.RESUME_ME
+    assert run.train(replace(own(config, tmp_path, give_up_s=1000.0), steps=1)) == run.MEND_FIRST
     out = capsys.readouterr().out
     assert '3 of 3 groups lack verdicts (mostly: HTTP 400, "the context is too short"), however often' in out
     assert "--max-model-len" in out and judge.asked == 9
