@@ -223,6 +223,12 @@ def test_a_run_that_may_be_resumed_and_one_that_goes_on(
     assert running_pid(tmp_path) == found
 
 
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null"])
+def test_a_torn_status_is_none(text: str, tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text(text)
+    assert running_pid(tmp_path) is None
+
+
 def test_a_run_on_another_host_is_left_alone_while_it_gives_signs_of_life(tmp_path: Path) -> None:
     left_by_a_run(tmp_path, ELSEWHERE, 15)
     expected = rf"on another host \(elsewhere, .* last sign 15 s ago\).* try again in 45 s, or remove {tmp_path}/status"
