@@ -310,7 +310,9 @@ def _saved(trainer: Trainer) -> bool:
     try:
         _export(trainer.cluster, trainer.log.run_dir, trainer.config)
     except RayError:
-        trainer.console.note(f"no learner answers any more; {where} is complete, the exported adapter is an older one")
+        trainer.console.note(
+            f"the learner has ended too, or is busy; {where} is complete, the exported adapter is an older one"
+        )
         return False
     return True
 
