@@ -21,6 +21,7 @@ GRACE_S = 10.0
 
 
 POLL_S = 0.5
+"""Between two looks, while an answer is waited for, at whether the run is to stop."""
 STOP_S = 10.0
 """A run that is asked to stop waits so long for an update under way before it does without: who asks may kill it soon."""
 START_S = 1800.0
@@ -28,7 +29,7 @@ START_S = 1800.0
 
 
 class Hung(RayError):
-    """Learners that took longer than ``placement.update_timeout_s``."""
+    """Learners that took longer than ``placement.update_timeout_s``, or than a run that is to stop waits for."""
 
 
 class StateLost(RayError):
