@@ -116,6 +116,11 @@ def _dry_run(config: RunConfig) -> int:
     if here:
         config.generator.check([prompt for prompts in read.values() for prompt in prompts])
     print(to_json(config))
+    if memory := getattr(config.generator, "memory", None):
+        try:
+            memory.check_installed()
+        except ValueError as error:  # the machines that will run it may have it
+            print(f"\nwarning: not on this machine: {error}")
     print(
         f"\n{config.name}: {config.steps} steps of {config.prompts.per_step} prompts × {config.sampling.group_size} siblings, "
         f"{_work_per_step(config)}; {counts['train']} training and {counts['heldout']} held-out prompts. "

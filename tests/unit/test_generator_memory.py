@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils import checkpoint as recomputation
 
+from grpo_flex.__main__ import main
 from grpo_flex.config import Adapter, RunConfig
 from grpo_flex.generators.base import load_pipeline
 from grpo_flex.generators.flux import Flux, FluxKontext
@@ -193,6 +194,18 @@ def test_bitsandbytes_is_asked_for_where_weights_are_loaded_and_not_in_a_configu
     assert not complaints(quantised.memory)
     with pytest.raises(ValueError, match=r"generator\.memory\.base_bits is 4.*pip install bitsandbytes"):
         quantised.load("cpu")
+
+
+def test_a_dry_run_warns_of_what_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else found(name, *a))
+    words = ["train", "experiments/shapes_image.py", "--dry-run"]
+    assert main([*words, "generator.memory.base_bits=4", "placement.learner_gpus=1", "placement.rollout_gpus=1"]) == 0
+    assert "warning: not on this machine: generator.memory.base_bits is 4" in capsys.readouterr().out
+    assert main(words) == 0
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_settings_of_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
