@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 _STATE, _INFO = "learner.pt", "checkpoint.json"
+PENDING = "pending"
+"""In a state: the figures of a step that was not evaluated yet, and so has no line of metrics."""
 
 
 class CheckpointError(ValueError):

@@ -220,11 +220,13 @@ class Cluster:
     def judge_is_healthy(self) -> bool:
         return ray.get(self._judge.healthy.remote())
 
-    def evaluate(self, prompts: Sequence[Prompt], adapter: AdapterRef) -> Iterator[Sample]:
-        """Held-out samples in the order of the prompts."""
+    def evaluate(
+        self, prompts: Sequence[Prompt], adapter: AdapterRef, look: Callable[[], None] = lambda: None
+    ) -> Iterator[Sample]:
+        """Held-out samples in the order of the prompts; ``look`` is called at least twice a second until they are there."""
         chunks = [list(prompts[i : i + HELDOUT_BATCH]) for i in range(0, len(prompts), HELDOUT_BATCH)]
         jobs = [self._submit("evaluate", adapter, chunk) for chunk in chunks]
-        self._fleet.wait(jobs)
+        self._fleet.wait(jobs, look)
         for job in jobs:
             yield from self._fleet.fetch(job)
 

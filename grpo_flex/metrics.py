@@ -139,6 +139,7 @@ class RunLog:
         resume_step: The checkpoint's step when a run continues: later lines are dropped, because the run
             takes those steps again. None for a new run.
         fps: Frames per second of clips in mp4 files.
+        pending: Whether the checkpoint's step is still to get its line.
 
     W&B that cannot start, or fails later, costs a warning, never the run.
 
@@ -146,7 +147,14 @@ class RunLog:
         ValueError: a new run in a directory that has metrics already.
     """
 
-    def __init__(self, run_dir: str | Path, config: Any, resume_step: int | None = None, fps: float = pictures.FPS):
+    def __init__(
+        self,
+        run_dir: str | Path,
+        config: Any,
+        resume_step: int | None = None,
+        fps: float = pictures.FPS,
+        pending: bool = False,
+    ) -> None:
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._fps = fps
@@ -154,12 +162,13 @@ class RunLog:
         path = self.run_dir / METRICS
         # W&B keeps what it was sent. Steps that a killed run took beyond its checkpoint are taken again, with
         # the same numbers, so sending them twice would only double the points.
-        self._sent = _last_step(path) if resume_step is not None else -1
+        self._sent = last_logged(path) if resume_step is not None else -1
         if resume_step is not None:
             truncate(path, resume_step)
-        self._last = _last_step(path)
-        if resume_step is not None and self._last < resume_step:
-            missing = f"{self._last + 1} to {resume_step}" if self._last + 1 < resume_step else f"{resume_step}"
+        self._last = last_logged(path)
+        last = (resume_step or 0) - pending
+        if resume_step is not None and self._last < last:
+            missing = f"{self._last + 1} to {last}" if self._last + 1 < last else f"{last}"
             _log.warning(
                 "%s has no line of step %s: lost, before it reached the disk; curves have a gap", path, missing
             )
@@ -298,7 +307,8 @@ def truncate(path: Path, step: int) -> None:
     os.replace(half, path)
 
 
-def _last_step(path: Path) -> int:
+def last_logged(path: Path) -> int:
+    """The step of the last line of a metrics.jsonl; -1 where there is none."""
     rows = read_metrics(path.parent) if path.is_file() else []
     return int(rows[-1]["step"] or 0) if rows else -1
 

@@ -18,6 +18,7 @@ from grpo_flex.config import ConfigError, Judge, RunConfig
 from grpo_flex.config_file import to_json
 from grpo_flex.copied_run import check_writable, is_copy
 from grpo_flex.generators.encodings import report
+from grpo_flex.metrics import METRICS, last_logged
 from grpo_flex.mirror import Mirror
 from grpo_flex.prompts import PromptStream, read_prompts
 from grpo_flex.room import apart, check_room
@@ -26,6 +27,7 @@ from grpo_flex.run_dir import (
     check_alone,
     check_basis,
     check_space,
+    claimed,
     fetch,
     has_metrics,
     new_run_dir,
@@ -65,7 +67,8 @@ def train(config: RunConfig, resume: Path | None = None, where: str = "") -> int
     try:
         if resume and where:
             fetch(where, resume)
-        return _train(config, resume, signals)
+        with claimed(resume) if resume else nullcontext():
+            return _train(config, resume, signals)
     except KeyboardInterrupt:
         there = resume if resume and checkpoint.complete(resume) else where if where and is_copy(where) else None
         if not (signals.terminated and there):
@@ -88,7 +91,9 @@ def _train(config: RunConfig, resume: Path | None, signals: _Signals) -> int:
     basis = basis_of(config, prompts.prompts, heldout)
     if resume and state:
         check_basis(resume, done, state.get("basis", {}), basis)  # checkpoints of earlier versions hold none
-    over = done >= config.steps
+    if resume and state and last_logged(resume / METRICS) >= done:  # it was evaluated after that checkpoint
+        state.pop(checkpoint.PENDING, None)
+    over = done >= config.steps and checkpoint.PENDING not in (state or {})
     if over and resume and _is_exported(resume, config):
         raise ConfigError(f"{resume} has completed its {done} steps; to go on, give a larger number: steps={2 * done}")
     if resume:
@@ -188,7 +193,9 @@ def _assemble(
         cluster.load_learner_state(state)
     verdicts.drop_from_step(run_dir / verdicts.FILE_NAME, done + 1)
     rewrite(run_dir / "config.json", to_json(config))
-    log = stack.enter_context(RunLog(run_dir, config, done if state else None, fps_of(config.generator)))
+    pending = (state or {}).get(checkpoint.PENDING)
+    at = done if state else None
+    log = stack.enter_context(RunLog(run_dir, config, at, fps_of(config.generator), pending is not None))
     console = stack.enter_context(Console(config.steps, done, run_dir.name, run_dir=run_dir))
     cluster.say = console.note
     judges = zip(endpoints, server.reserved if server else ["-"] * len(endpoints), strict=True)
@@ -197,6 +204,7 @@ def _assemble(
     return Trainer(
         config, cluster, log, console,
         prompts=prompts, heldout=heldout, step=done, server=server, ahead=ahead, basis=basis,
+        pending=pending,
     )  # fmt: skip
 
 

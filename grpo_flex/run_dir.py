@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import os
 import re
@@ -21,6 +22,8 @@ from grpo_flex.prompts import fingerprint
 from grpo_flex.status import Elsewhere, running_pid
 from grpo_flex.types import Prompt
 
+CLAIM_S = 5.0
+"""For so long a run that has ended, and whose process has not yet, is waited for."""
 SPACE_MB = 256
 """Free space below which no run is started or resumed."""
 
@@ -126,6 +129,37 @@ def check_alone(run_dir: Path) -> None:
         raise ConfigError(f"{run_dir} is still running (process {pid}); stop it first, or wait until it has ended")
 
 
+@contextmanager
+def claimed(run_dir: Path) -> Iterator[None]:
+    """Hold a run's directory, from before anything of it is started: of two processes on this machine one is refused.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    handle = os.open(run_dir, os.O_RDONLY)
+    try:
+        until = time.monotonic() + CLAIM_S
+        while not _locked(handle):
+            check_alone(run_dir)  # which knows the process, once the run has told where it stands
+            if time.monotonic() > until:
+                raise ConfigError(f"another process is starting {run_dir}; stop it first, or wait until it has ended")
+            time.sleep(0.1)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _locked(handle: int) -> bool:
+    """Whether this process has the lock now; also where the file system knows none, and status.json has to do."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
 def basis_of(config: RunConfig, train: Sequence[Prompt], heldout: Sequence[Prompt]) -> dict[str, str]:
     """What every step of a run has to have in common, by field: with another, a resume would be another run."""
     return {
@@ -169,7 +203,8 @@ def new_run_dir(config: RunConfig) -> Iterator[Path]:
             f"runs_dir '{parent}' cannot be written to ({error.strerror}); give another place with runs_dir=…"
         ) from error
     try:
-        yield run_dir
+        with claimed(run_dir):
+            yield run_dir
     finally:
         if not has_metrics(run_dir):
             shutil.rmtree(run_dir)

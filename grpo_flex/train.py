@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -86,20 +86,22 @@ class Trainer:
         server: the judge that the run started for itself, to be started again when it dies.
         ahead: the adapters that sample the next steps, the newest one left out (``sampling.lookahead``).
         basis: what a resume must not change, by field; each checkpoint holds it.
+        pending: the figures of step ``step``, where it lacks its evaluation and so its line of metrics.
     """
 
     def __init__(
         self, config: RunConfig, cluster: Cluster, log: RunLog, console: Console,
         *, prompts: PromptStream, heldout: Sequence[Prompt], step: int, server: JudgeServer | None = None,
         ahead: Sequence[Adapter] = (), basis: Mapping[str, str] | None = None,
+        pending: Mapping[str, float] | None = None,
     ) -> None:  # fmt: skip
         self.config, self.cluster, self.log, self.console = config, cluster, log, console
         self.prompts, self.heldout, self.step, self.server = prompts, heldout, step, server
         self.mirror: Mirror | None = None
         self.basis = dict(basis or {})
         self._stop, self._stop_at = False, 0.0
-        self._numbers: Mapping[str, float] = {}
-        """Of a step whose line is not written yet."""
+        self._numbers = pending
+        """Of a step whose line is not written yet; None: there is no such step."""
         self._next_look = 0.0
         self._starved = 0
         self._flights: deque[Flight] = deque()
@@ -122,25 +124,30 @@ class Trainer:
         """
         self._adapters.extend([self.cluster.publish()] * (self.config.sampling.lookahead + 1 - len(self._adapters)))
         if self.log.last_step < 0 and not self.step:  # one that was stopped in its first step has its step 0 already
-            numbers = self.evaluate(self.cluster.publish_evaluation())
+            try:
+                numbers = self.evaluate(self.cluster.publish_evaluation())
+            except Interrupted as asked:  # as while models load: there is nothing yet to go on with
+                raise KeyboardInterrupt from asked
             self._check_watched(numbers)
             self.log.log(0, numbers)
             self.console.step(0, numbers)
         else:
             self._check_watched(keys_of(read_metrics(self.log.run_dir), "heldout/"))
-        while self.step < self.config.steps:
+        while self._numbers is not None or self.step < self.config.steps:
             began, self._seconds, self._outage = time.perf_counter(), {}, {}
-            self._numbers = numbers = self.take_step()
-            self._adapters.append(self.cluster.publish())
-            self.step += 1
-            self._flights.popleft()
-            if self.step % self.config.evaluation.every == 0 or self.step == self.config.steps:
+            if self._numbers is None:  # else the run was stopped while it evaluated this step
+                self._numbers = self.take_step()
+                self._adapters.append(self.cluster.publish())
+                self.step += 1
+                self._flights.popleft()
+            numbers = dict(self._numbers)
+            if self._to_evaluate():
                 numbers |= self.evaluate(self.cluster.publish_evaluation())
                 self.show_verdicts()
             numbers |= {f"perf/{phase}_s": seconds for phase, seconds in self._seconds.items()}
             numbers["perf/step_s"] = time.perf_counter() - began
             self.log.log(self.step, numbers)
-            self._numbers = {}
+            self._numbers = None
             self.console.step(self.step, numbers)
             worse = self.regress(numbers)
             if self._due(numbers) or worse:
@@ -238,7 +245,7 @@ class Trainer:
     def evaluate(self, adapter: AdapterRef) -> dict[str, float]:
         """Mean scores of held-out samples, as heldout/<name>; pictures go to the log."""
         with self._phase("evaluate"):
-            samples = list(self.cluster.evaluate(self.heldout, adapter))
+            samples = list(self.cluster.evaluate(self.heldout, adapter, self._look_around))
             numbers = self.versus_base(samples)
         self.log.samples(self.step, samples)
         return {f"heldout/{name}": score for name, score in mean_scores(samples).items()} | numbers
@@ -247,7 +254,9 @@ class Trainer:
         """The judge's win rate of some held-out samples against the base model's from the same noise."""
         shown = self.config.evaluation.versus_base if self.config.judge else 0
         if shown and not self._base:  # at step 0 these are the base's; a run that was resumed draws them again
-            first = list(self.cluster.evaluate(self.heldout, self.cluster.publish_base())) if self.step else samples
+            first = samples
+            if self.step:
+                first = list(self.cluster.evaluate(self.heldout, self.cluster.publish_base(), self._look_around))
             self._base = [ray.put(sample.media) for sample in spread(first, shown)]
         if not shown or not self.step:
             return {}
@@ -257,7 +266,8 @@ class Trainer:
             self.cluster.compare(sample.prompt, self.step - 1, seed, base, sample.media, f"held-out {number}")
             for number, (sample, seed, base) in enumerate(zip(now, seeds, self._base, strict=True))
         ]
-        said = ray.get(asked)  # not interrupted: the step is complete, and its line of metrics has to follow
+        self._wait(asked, self._look_around)
+        said = ray.get(asked)
         said = [
             [verdict for verdict in v if len(verdict.members) == 2] or v for v in said
         ]  # who wins, not who scores more
@@ -286,22 +296,29 @@ class Trainer:
             with suppress(ObjectLostError):  # only for a reader, and the step is done
                 self.log.verdict_table(self.step, verdict_rows(ray.get(group), rewarded, verdicts))
 
+    def _to_evaluate(self) -> bool:
+        return self.step % self.config.evaluation.every == 0 or self.step == self.config.steps
+
     def save(self, numbers: Mapping[str, float] | None = None) -> Path:
         """Write a checkpoint of the completed steps; ``numbers`` are those of the last one.
 
         A step is complete with its update: if what comes after it fails, ``step`` is set to what the learners' state says.
+        An evaluation that it lacks is made up for by the run that goes on, which then writes its line.
         """
         self.console.phase("save")
         state, config = self.cluster.learner_state(), self.config.checkpoint
         late = int(state["version"]) - self.step
         self.step += late
-        if self._numbers and self.log.last_step < self.step:  # complete but for what was to come with its line
+        lacks_evaluation = self._to_evaluate() and self.log.last_step < self.step
+        if self._numbers is not None and self.log.last_step < self.step and not lacks_evaluation:
             with suppress(OSError):  # the checkpoint is what counts
                 self.log.log(self.step, self._numbers)
         # References: with a broadcast there are no older ones. The newest update's own adapter may not be there yet.
         older: list[Any] = list(self._adapters)[late:][: self.config.sampling.lookahead]
         ahead: list[Adapter] = ray.get(older)
         state |= {"ahead": [(a.version, dict(a.tensors)) for a in ahead], "basis": self.basis}
+        if lacks_evaluation:
+            state[checkpoint.PENDING] = {name: float(value) for name, value in (self._numbers or {}).items()}
         score = (numbers or {}).get(headline_key([dict(numbers or {})]) or "")
         folder = checkpoint.save(self.log.run_dir, self.step, state, config.keep, score, config.keep_best)
         if self.mirror is not None:
@@ -462,11 +479,11 @@ class Trainer:
                 f"{', '.join(sorted(given))}"
             )
 
-    def _wait(self, refs: Sequence[Any]) -> None:
-        """Until all references are there; looks around in between."""
+    def _wait(self, refs: Sequence[Any], look: Callable[[], None] | None = None) -> None:
+        """Until all references are there; looks in between."""
         pending = list(refs)
         while pending:
-            self._look()
+            (look or self._look)()
             _, pending = ray.wait(pending, timeout=POLL_S, fetch_local=False)
 
     def _get(self, refs: Sequence[Any]) -> list[Any]:
@@ -480,11 +497,16 @@ class Trainer:
             time.sleep(min(POLL_S, left))
 
     def _look(self) -> None:
-        """Whether to stop, what the learners can begin with, how processes and judge are doing (for ``status``), whether
-        the judge needs a start."""
+        """What the learners can begin with, and all that ``_look_around`` sees."""
         if self._stop:
             raise Interrupted
         self._begin()
+        self._look_around()
+
+    def _look_around(self) -> None:
+        """Whether to stop, how processes and judge are doing (for ``status``), whether the judge needs a start."""
+        if self._stop:
+            raise Interrupted
         if time.monotonic() < self._next_look:
             return
         self._next_look = time.monotonic() + POLL_S

@@ -98,7 +98,10 @@ class OneProcess:
 
     def record(self, step: int, prompt: Prompt, given: Sequence[Verdict]) -> None: ...
 
-    def evaluate(self, prompts: Sequence[Prompt], adapter: Adapter) -> Iterator[Sample]:
+    def evaluate(
+        self, prompts: Sequence[Prompt], adapter: Adapter, look: Callable[[], None] = lambda: None
+    ) -> Iterator[Sample]:
+        look()
         yield from self.worker.evaluate(prompts, adapter)
 
     def begin(self, batch: UpdateBatch, of: int, step: int) -> None:

@@ -111,7 +111,10 @@ def test_a_checkpoint_carries_the_step_that_the_learners_are_at(
     monkeypatch.setattr(ray, "get", lambda adapters: adapters)
     trainer: Any = object.__new__(Trainer)
     trainer.cluster = SimpleNamespace(learner_state=lambda: {"version": version})
-    trainer.config = SimpleNamespace(checkpoint=Checkpoint(), sampling=SimpleNamespace(lookahead=2))
+    every = SimpleNamespace(every=5)
+    trainer.config = SimpleNamespace(
+        checkpoint=Checkpoint(), sampling=SimpleNamespace(lookahead=2), evaluation=every, steps=9
+    )
     trainer.console = SimpleNamespace(phase=lambda name: None)
     lines: list[Any] = []
     trainer.log = SimpleNamespace(run_dir=tmp_path, last_step=3, log=lambda *line: lines.append(line))
