@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,10 @@ def save(
     import torch
 
     folder = run_dir / "checkpoints" / f"step_{step:06d}"
-    if folder in complete(run_dir):
-        return folder  # the same step has the same state; removing it first would leave a moment without any
+    if folder in complete(run_dir):  # the same step has the same state
+        if score is not None and _score(folder) is None:  # its evaluation was made up for
+            _note_score(folder, score)
+        return folder
     aside = folder.with_name(f".{folder.name}.partial")
     try:
         for half in folder.parent.glob(".step_*.partial"):  # of any step: a full one may be as large as the disk's rest
@@ -75,6 +78,15 @@ def _score(folder: Path) -> float | None:
         return score if score == score else None  # NaN: nobody could score it
     except (OSError, ValueError, AttributeError):  # damaged, which ``load`` says when it is to be read
         return None
+
+
+def _note_score(folder: Path, score: float) -> None:
+    """Write a score into a finished checkpoint, in whole or not at all; without it only the best one may be thinned out."""
+    aside = folder / f".{_INFO}.partial"
+    with suppress(OSError, ValueError, TypeError):
+        aside.write_text(json.dumps(json.loads((folder / _INFO).read_text()) | {"score": score}))
+        _sync(aside)
+        aside.replace(folder / _INFO)
 
 
 def _remove(folder: Path) -> None:

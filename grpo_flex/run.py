@@ -67,8 +67,10 @@ def train(config: RunConfig, resume: Path | None = None, where: str = "") -> int
     try:
         if resume and where:
             fetch(where, resume)
-        with claimed(resume) if resume else nullcontext():
-            return _train(config, resume, signals)
+        with ExitStack() as held:
+            if resume:
+                held.enter_context(claimed(resume))
+            return _train(config, resume, signals, held)
     except KeyboardInterrupt:
         there = resume if resume and checkpoint.complete(resume) else where if where and is_copy(where) else None
         if not (signals.terminated and there):
@@ -79,7 +81,7 @@ def train(config: RunConfig, resume: Path | None = None, where: str = "") -> int
         signals.leave()
 
 
-def _train(config: RunConfig, resume: Path | None, signals: _Signals) -> int:
+def _train(config: RunConfig, resume: Path | None, signals: _Signals, held: ExitStack) -> int:
     config.validate()
     to_json(config)  # refuses, before anything is started, what a resume could not read back
     heldout = read_prompts(config.prompts.heldout, "prompts.heldout")
@@ -105,6 +107,8 @@ def _train(config: RunConfig, resume: Path | None, signals: _Signals) -> int:
         check_writable(place)
     with ExitStack() as stack:
         run_dir = resume or stack.enter_context(new_run_dir(config))
+        if not resume:
+            held.enter_context(claimed(run_dir))
         mirror = stack.enter_context(Mirror(place, run_dir, say)) if place else None
         if over:
             assert state is not None
@@ -191,12 +195,14 @@ def _assemble(
         say(report(kept))
     if state is not None:  # a checkpoint that does not fit is refused here, before any file is touched
         cluster.load_learner_state(state)
-    verdicts.drop_from_step(run_dir / verdicts.FILE_NAME, done + 1)
-    rewrite(run_dir / "config.json", to_json(config))
     pending = (state or {}).get(checkpoint.PENDING)
+    evaluation = done + 1 if pending is None else done
+    verdicts.drop_from_step(run_dir / verdicts.FILE_NAME, done + 1, evaluation)
+    rewrite(run_dir / "config.json", to_json(config))
     at = done if state else None
     log = stack.enter_context(RunLog(run_dir, config, at, fps_of(config.generator), pending is not None))
-    console = stack.enter_context(Console(config.steps, done, run_dir.name, run_dir=run_dir))
+    shown = done if pending is None else done - 1
+    console = stack.enter_context(Console(config.steps, shown, run_dir.name, run_dir=run_dir))
     cluster.say = console.note
     judges = zip(endpoints, server.reserved if server else ["-"] * len(endpoints), strict=True)
     _show_seating([*cluster.seating(), *(("judge", *judge) for judge in judges)], run_dir, console)
@@ -350,7 +356,9 @@ def _kept(trainer: Trainer) -> str:
     try:
         trainer.save()
         kept = "the completed steps are kept"
-        if trainer.log.last_step < trainer.step:
+        if trainer.evaluates_on_resume:
+            kept += f" (step {trainer.step} is still to be evaluated)"
+        elif trainer.log.last_step < trainer.step:
             kept += f" (the line of step {trainer.step} in metrics.jsonl is lost)"
     except (RayError, checkpoint.CheckpointError, OSError):  # nobody has the state any more, or it cannot be written
         kept = "nothing more could be saved; the last checkpoint stands"

@@ -131,7 +131,7 @@ def check_alone(run_dir: Path) -> None:
 
 @contextmanager
 def claimed(run_dir: Path) -> Iterator[None]:
-    """Hold a run's directory, from before anything of it is started: of two processes on this machine one is refused.
+    """Hold a run's directory, from before anything is started to the last copy: of two processes here one is refused.
 
     Raises:
         ConfigError: another process holds it.
@@ -142,7 +142,9 @@ def claimed(run_dir: Path) -> Iterator[None]:
         while not _locked(handle):
             check_alone(run_dir)  # which knows the process, once the run has told where it stands
             if time.monotonic() > until:
-                raise ConfigError(f"another process is starting {run_dir}; stop it first, or wait until it has ended")
+                raise ConfigError(
+                    f"another process is starting or ending {run_dir}; stop it first, or wait until it has ended"
+                )
             time.sleep(0.1)
         yield
     finally:
@@ -203,8 +205,7 @@ def new_run_dir(config: RunConfig) -> Iterator[Path]:
             f"runs_dir '{parent}' cannot be written to ({error.strerror}); give another place with runs_dir=…"
         ) from error
     try:
-        with claimed(run_dir):
-            yield run_dir
+        yield run_dir
     finally:
         if not has_metrics(run_dir):
             shutil.rmtree(run_dir)

@@ -100,8 +100,10 @@ class Trainer:
         self.mirror: Mirror | None = None
         self.basis = dict(basis or {})
         self._stop, self._stop_at = False, 0.0
-        self._numbers = pending
+        self._numbers = None if pending is None else dict(pending)
         """Of a step whose line is not written yet; None: there is no such step."""
+        self.evaluates_on_resume = False
+        """Whether the checkpoint is of a step that lacks its evaluation."""
         self._next_look = 0.0
         self._starved = 0
         self._flights: deque[Flight] = deque()
@@ -121,6 +123,7 @@ class Trainer:
 
         Raises:
             Interrupted, JudgeAway, Starved: after which ``save`` keeps every completed step.
+            KeyboardInterrupt: it was to stop before there was anything to keep.
         """
         self._adapters.extend([self.cluster.publish()] * (self.config.sampling.lookahead + 1 - len(self._adapters)))
         if self.log.last_step < 0 and not self.step:  # one that was stopped in its first step has its step 0 already
@@ -134,18 +137,22 @@ class Trainer:
         else:
             self._check_watched(keys_of(read_metrics(self.log.run_dir), "heldout/"))
         while self._numbers is not None or self.step < self.config.steps:
-            began, self._seconds, self._outage = time.perf_counter(), {}, {}
+            began, self._seconds = time.perf_counter(), {}
             if self._numbers is None:  # else the run was stopped while it evaluated this step
                 self._numbers = self.take_step()
+                self._outage = {}
                 self._adapters.append(self.cluster.publish())
                 self.step += 1
                 self._flights.popleft()
+                self._numbers |= self._spent(began)
+                began = time.perf_counter()
             numbers = dict(self._numbers)
             if self._to_evaluate():
                 numbers |= self.evaluate(self.cluster.publish_evaluation())
                 self.show_verdicts()
-            numbers |= {f"perf/{phase}_s": seconds for phase, seconds in self._seconds.items()}
-            numbers["perf/step_s"] = time.perf_counter() - began
+            before = numbers.get("perf/step_s", 0.0)
+            numbers |= self._spent(began)
+            numbers["perf/step_s"] += before
             self.log.log(self.step, numbers)
             self._numbers = None
             self.console.step(self.step, numbers)
@@ -155,6 +162,11 @@ class Trainer:
             if worse:
                 self.console.note(f"stopping early: {worse}")
                 return
+
+    def _spent(self, began: float) -> dict[str, float]:
+        """Seconds of the phases so far, and since ``began``."""
+        phases = {f"perf/{phase}_s": seconds for phase, seconds in self._seconds.items()}
+        return phases | {"perf/step_s": time.perf_counter() - began}
 
     # ------------------------------------------------------------ phases
 
@@ -309,15 +321,16 @@ class Trainer:
         state, config = self.cluster.learner_state(), self.config.checkpoint
         late = int(state["version"]) - self.step
         self.step += late
-        lacks_evaluation = self._to_evaluate() and self.log.last_step < self.step
-        if self._numbers is not None and self.log.last_step < self.step and not lacks_evaluation:
+        unwritten = self.step > 0 and self.log.last_step < self.step
+        self.evaluates_on_resume = unwritten and self._to_evaluate()
+        if self._numbers is not None and unwritten and not self.evaluates_on_resume:
             with suppress(OSError):  # the checkpoint is what counts
                 self.log.log(self.step, self._numbers)
         # References: with a broadcast there are no older ones. The newest update's own adapter may not be there yet.
         older: list[Any] = list(self._adapters)[late:][: self.config.sampling.lookahead]
         ahead: list[Adapter] = ray.get(older)
         state |= {"ahead": [(a.version, dict(a.tensors)) for a in ahead], "basis": self.basis}
-        if lacks_evaluation:
+        if self.evaluates_on_resume:
             state[checkpoint.PENDING] = {name: float(value) for name, value in (self._numbers or {}).items()}
         score = (numbers or {}).get(headline_key([dict(numbers or {})]) or "")
         folder = checkpoint.save(self.log.run_dir, self.step, state, config.keep, score, config.keep_best)
@@ -328,7 +341,7 @@ class Trainer:
     # ------------------------------------------------------------ waiting
 
     def stop(self) -> None:
-        """Ask the run to end at the next wait for rollouts or the judge."""
+        """Ask the run to end at the next wait for rollouts, the judge or held-out samples."""
         self._stop, self._stop_at = True, self._stop_at or time.monotonic()
 
     def stopped_s(self) -> float:
@@ -557,7 +570,7 @@ def signals(trainer: Trainer) -> Iterator[None]:
     def first(number: int, frame: FrameType | None) -> None:
         trainer.stop()
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        trainer.console.note("stopping: the completed steps are being saved (press again to stop at once)")
+        trainer.console.note("stopping: what is complete is being saved (press again to stop at once)")
 
     before = {s: signal.signal(s, first) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:

@@ -14,7 +14,7 @@ import os
 import time
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -92,8 +92,11 @@ class VerdictLog:
                 os.fsync(file.fileno())
 
 
-def drop_from_step(path: str | Path, step: int) -> int:
+def drop_from_step(path: str | Path, step: int, evaluation: int | None = None) -> int:
     """Takes out the verdicts of ``step`` and later, as a resume from a checkpoint needs; atomic.
+
+    Args:
+        evaluation: the step from which on those of held-out samples go; None: ``step``.
 
     Returns:
         How many lines were dropped. A file that is not there has none.
@@ -108,7 +111,7 @@ def drop_from_step(path: str | Path, step: int) -> int:
     try:
         with partial.open("wb") as out:
             for lines in _batches(path):
-                kept = [line for line in lines if json.loads(line)["step"] < step]
+                kept = [line for line in lines if _is_before(json.loads(line), step, evaluation)]
                 dropped += len(lines) - len(kept)
                 if kept:
                     out.write(gzip.compress(b"".join(kept)))
@@ -119,6 +122,10 @@ def drop_from_step(path: str | Path, step: int) -> int:
         partial.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
     return dropped
+
+
+def _is_before(record: Mapping[str, Any], step: int, evaluation: int | None) -> bool:
+    return record["step"] < (evaluation if evaluation is not None and record.get("about") else step)
 
 
 def read_verdicts(path: str | Path) -> Iterator[Entry]:

@@ -30,7 +30,7 @@ class Stand:
         self.notes: list[str] = []
         self.done: list[str] = []
         self.console = SimpleNamespace(note=self.notes.append)
-        self.step = 3
+        self.step, self.evaluates_on_resume = 3, False
         self.log = SimpleNamespace(run_dir=folder, last_step=3)
         (folder / "metrics.jsonl").write_text('{"step": 3}\n')
         self.config = SimpleNamespace(adapter=Adapter(), steps=3)
@@ -143,6 +143,9 @@ def test_a_file_that_cannot_be_written_is_an_error_after_a_checkpoint(tmp_path: 
     assert stand.done == ["checkpoint"]
     stand.log.last_step = 2  # it was the file of the numbers
     with pytest.raises(ValueError, match=r"are kept \(the line of step 3 in metrics.jsonl is lost\)"):
+        end(stand)
+    stand.evaluates_on_resume = True
+    with pytest.raises(ValueError, match=r"are kept \(step 3 is still to be evaluated\)"):
         end(stand)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ from grpo_flex.__main__ import main
 from grpo_flex.config import RunConfig
 from grpo_flex.copied_run import Copy
 from grpo_flex.metrics import read_metrics
+from grpo_flex.status import STATUS
 from grpo_flex.types import Sample
 from tests.configs import judge_of
 from tests.one_process import OneProcess, StandInJudge, in_one_process
@@ -119,9 +121,20 @@ def lines(run_dir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in read_metrics(run_dir)]
 
 
+def scores(run_dir: Path) -> dict[str, float | None]:
+    """The held-out score of the last checkpoint."""
+    path = checkpoint.complete(run_dir)[-1]
+    return {path.name: json.loads((path / "checkpoint.json").read_text())["score"]}
+
+
 @pytest.mark.parametrize("step", [1, 2])
 def test_an_evaluation_that_is_stopped_is_made_up_for_by_the_resume(
-    own: RunConfig, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    own: RunConfig,
+    step: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Also that of the last step; the step itself is kept, and the curves lack nothing."""
     config = replace(own, steps=2, evaluation=replace(own.evaluation, every=1))
@@ -131,11 +144,14 @@ def test_an_evaluation_that_is_stopped_is_made_up_for_by_the_resume(
         stop_in_evaluation(patch, step)
         assert run.train(config) == run.RESUME_ME
     assert [row["step"] for row in lines(run_dir)] == list(range(step))
+    assert json.loads((run_dir / STATUS).read_text())["phase"] == "stopped"
     assert checkpoint.load(run_dir)[0] == step
     capsys.readouterr()
     assert main(["train", "--resume", str(run_dir)]) == 0
-    assert "have a gap" not in capsys.readouterr().err
+    assert "have a gap" not in caplog.text
     assert lines(run_dir) == lines(tmp_path / "whole" / own.name)
+    assert scores(run_dir) == scores(tmp_path / "whole" / own.name)  # by which the best checkpoint is kept
+    assert json.loads((run_dir / STATUS).read_text())["phase"] == "finished"
     assert main(["train", "--resume", str(run_dir)]) == 2
     assert "has completed its 2 steps" in capsys.readouterr().err
     if step == 1:  # killed after it had made up for it: the same checkpoint again
@@ -162,5 +178,5 @@ def test_a_run_that_another_process_is_starting_is_left_alone(
     run_dir = Path(own.runs_dir) / own.name
     with run_dir_module.claimed(run_dir):
         assert main(["train", "--resume", str(run_dir), "steps=2"]) == 2
-    assert f"another process is starting {run_dir}" in capsys.readouterr().err
+    assert f"another process is starting or ending {run_dir}" in capsys.readouterr().err
     assert main(["train", "--resume", str(run_dir), "steps=2"]) == 0

@@ -160,3 +160,13 @@ def test_a_cut_that_a_full_disk_refuses_leaves_the_file_and_nothing_beside_it(ru
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before and list(run_dir.iterdir()) == [path]
     assert drop_from_step(path, 2) == 2  # somebody made room
+
+
+def test_what_an_evaluation_that_was_cut_short_asked_is_taken_out_alone(tmp_path: Path) -> None:
+    log = VerdictLog(tmp_path / FILE_NAME)
+    for step, about in ((1, ""), (1, "held-out 0"), (2, ""), (2, "held-out 0"), (3, "")):
+        log.add(step, "cat", "a cat", ENTRIES[0].verdict, about)
+    log.flush()
+    assert drop_from_step(tmp_path / FILE_NAME, 3, evaluation=2) == 2
+    kept = [(entry.step, entry.about) for entry in read_verdicts(tmp_path / FILE_NAME)]
+    assert kept == [(1, ""), (1, "held-out 0"), (2, "")]
