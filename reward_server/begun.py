@@ -42,10 +42,11 @@ def begun_with(path: Path, settings: Mapping[str, Any], way_out: str) -> None:
         raise ValueError(f"{path.parent} was begun otherwise ({'; '.join(other)}): {way_out}")
 
 
-def wordings(*families: ChatFamily) -> dict[str, str]:
-    """A digest of what each says in its medium, whatever file it is from."""
+def wordings(*families: ChatFamily, **named: ChatFamily) -> dict[str, str]:
+    """A digest of what each says in its medium, or as a question of that name, whatever file it is from."""
     said = {family.medium: family.wording() for family in families}
-    return {f"wording of {medium}": hashlib.sha256(text.encode()).hexdigest()[:12] for medium, text in said.items()}
+    said |= {f"question {name!r}": family.wording() for name, family in named.items()}
+    return {f"wording of {about}": hashlib.sha256(text.encode()).hexdigest()[:12] for about, text in said.items()}
 
 
 def fingerprint(folder: Path) -> str:

@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SETTINGS, METRICS, MODEL = "settings.json", "metrics.jsonl", "model"
+_REQUEST = ("prompt", "media", "question")
+"""What a line says that is no reply."""
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pth", "*.gguf")
 
 
@@ -106,8 +108,8 @@ def dataset(config: JudgeTraining, processor: FramesProcessor, rows: Sequence[Ma
     """Examples as TRL takes them: request and replies as text, pictures read when their turn comes.
 
     Args:
-        rows: Each with "prompt" and "media" (two lists of paths, in the order shown) and one or several replies under
-            other names, which are given their end.
+        rows: Each with "prompt", "media" (a list of paths for each candidate, in the order shown), "question" where it
+            does not compare, and one or several replies under other names, which are given their end.
 
     Raises:
         ValueError: no rows, a chat template that ends a reply otherwise, or a text with one of its marks.
@@ -119,7 +121,7 @@ def dataset(config: JudgeTraining, processor: FramesProcessor, rows: Sequence[Ma
     _check_end(config, processor)
     marks = processor.tokenizer.all_special_tokens
     for row in rows:
-        found = [mark for name in row if name != "media" for mark in marks if mark in row[name]]
+        found = [mark for name in row if name not in ("media", "question") for mark in marks if mark in row[name]]
         if found:
             raise ValueError(f"the instance with the prompt {row['prompt'][:60]!r} has the mark {found[0]!r} in a text")
 
@@ -133,10 +135,10 @@ def dataset(config: JudgeTraining, processor: FramesProcessor, rows: Sequence[Ma
 
 def example(config: JudgeTraining, processor: FramesProcessor, row: Mapping[str, Any]) -> dict[str, Any]:
     """One row with its request rendered, its pictures in the order shown, and its replies ended."""
-    family = config.family(medium_of(row["media"][0]))
+    family = config.family(medium_of(row["media"][0]), row.get("question") or "")
     shown = [pictures(paths, family.frames) for paths in row["media"]]
     request = rendered(processor, family, row["prompt"], [len(frames) for frames in shown])
-    replies = {name: ended(processor, row[name]) for name in row if name not in ("prompt", "media")}
+    replies = {name: ended(processor, row[name]) for name in row if name not in _REQUEST}
     return {"prompt": request, "images": [frame for frames in shown for frame in frames]} | replies
 
 
@@ -157,11 +159,17 @@ def _check_end(config: JudgeTraining, processor: FramesProcessor) -> None:
         )
 
 
-def read_lines(path: str | Path, wanted: Sequence[str]) -> list[dict[str, Any]]:
+def read_lines(
+    path: str | Path, wanted: Sequence[str], questions: Mapping[str, ChatFamily] | None = None
+) -> list[dict[str, Any]]:
     """The JSON lines of a file, with "media" as paths that exist.
 
+    Args:
+        questions: What a line may name as its "question".
+
     Raises:
-        ValueError: no such file, or a line that is no object with the wanted keys or names media that are not there.
+        ValueError: no such file, or a line that is no object with the wanted keys, that asks what is not known, or that
+            names media that are not there.
     """
     if not Path(path).is_file():
         raise ValueError(f"there is no file {str(path)!r}")
@@ -171,19 +179,24 @@ def read_lines(path: str | Path, wanted: Sequence[str]) -> list[dict[str, Any]]:
             row = json.loads(line)
             media = [[str(Path(path).parent / one) for one in paths] for paths in row["media"]]
             missing = [name for name in wanted if not isinstance(row[name], str)]
+            question = row.get("question") or ""
+            family = (questions or {}).get(question)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path}, line {number}: {type(error).__name__} {error}; it needs {wanted}, media"
             ) from error
-        absent = [one for paths in media for one in paths if not Path(one).is_file()]
-        if missing or absent or len(media) != 2 or not all(media):
-            said = (
-                f"{missing[0]} is no text"
-                if missing
-                else f"{absent[0]!r} is not there"
-                if absent
-                else "media are not two"
-            )
+        said = ""
+        if missing:
+            said = f"{missing[0]} is no text"
+        elif question and question not in (questions or {}):
+            said = f"the question {question!r} is none of the training's questions: {sorted(questions or {})}"
+        elif absent := [one for paths in media for one in paths if not Path(one).is_file()]:
+            said = f"{absent[0]!r} is not there"
+        elif len(media) != (shown := family.sources + family.candidates if family else 2) or not all(media):
+            said = f"media are {media}; it needs {shown} lists of paths, none of them empty"
+        elif family and family.medium != medium_of(media[0]):
+            said = f"the question {question!r} is about {family.medium}s, and media are {media}"
+        if said:
             raise ValueError(f"{path}, line {number}: {said}")
         made.append(row | {"media": media})
     return made
@@ -261,22 +274,31 @@ def arguments(config: JudgeTraining, fit: Fit, folder: Path) -> dict[str, Any]:
     }
 
 
+def processes() -> PartialState:
+    """How many processes train together, and which this one is."""
+    return PartialState(
+        cpu=not torch.accelerator.is_available()
+    )  # or several on CPUs would each think themselves alone
+
+
 def begin(config: JudgeTraining, fit: Fit, folder: Path, source: Path, data: Path) -> None:
     """Writes down what the stage is begun with, or compares with what it was begun with.
 
     Raises:
         ValueError: the folder holds a stage with other settings or other data.
     """
-    if not PartialState().is_main_process:
+    if not processes().is_main_process:
         return
-    shared = {name: repr(getattr(config, name)) for name in ("image", "video", "lora", "train_vision", "seed")}
-    kept = {k: v for k, v in asdict(fit).items() if k not in ("traces", "checkpoint_every", "log_every")}
-    said = wordings(config.image, config.video)
+    names = ("image", "video", "questions", "lora", "train_vision", "seed")
+    shared = {name: repr(getattr(config, name)) for name in names}
+    aside = ("traces", "checkpoint_every", "log_every", "accumulation")
+    kept = {k: v for k, v in asdict(fit).items() if k not in aside}
+    said = wordings(config.image, config.video, **config.questions)
     digest = hashlib.sha256(data.read_bytes()).hexdigest()
     settings = shared | kept | said | {"model": str(source), "weights": fingerprint(source), "data": digest}
     settings |= {"precision": config.precision}
     if not finished(folder):
-        settings |= {"processes": PartialState().num_processes}
+        settings |= {"processes": processes().num_processes, "accumulation": fit.accumulation}
     begun_with(folder / SETTINGS, settings, f"give the run another name, or remove {folder} to begin anew")
 
 
@@ -331,7 +353,7 @@ class Recorder(TrainerCallback):
 
     def __init__(self, folder: Path, step: int) -> None:
         self._path = folder / METRICS
-        if PartialState().is_main_process:
+        if processes().is_main_process:
             kept = [line for line in read_metrics(folder) if line["step"] <= step]
             self._path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
@@ -362,7 +384,7 @@ class WandbRun:
 
     def __init__(self, config: JudgeTraining, folder: Path) -> None:
         self._config, self._folder = config, folder
-        self._on = wandb_mode(config) != "disabled" and PartialState().is_main_process
+        self._on = wandb_mode(config) != "disabled" and processes().is_main_process
 
     def __enter__(self) -> None:
         if self._on:

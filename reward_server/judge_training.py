@@ -9,7 +9,8 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
@@ -125,6 +126,9 @@ class JudgeTraining:
     """How the judge is asked about pictures, in training exactly as when it is served."""
     video: ChatFamily = field(default_factory=lambda: Flex(medium="video"))
     """The same about videos, which are shown as frames."""
+    questions: Mapping[str, ChatFamily] = field(default_factory=dict)
+    """Further ways to ask: an example of ``sft`` that says "question": name is asked as this family asks, e.g. for scores
+    of one candidate. All others compare two."""
     sft: Sft = field(default_factory=Sft)
     pairs: Pairs = field(default_factory=Pairs)
     dpo: Dpo = field(default_factory=Dpo)
@@ -147,7 +151,9 @@ class JudgeTraining:
     def folder(self) -> Path:
         return Path(self.output) / self.name
 
-    def family(self, medium: Medium) -> ChatFamily:
+    def family(self, medium: Medium, question: str = "") -> ChatFamily:
+        if question:
+            return self.questions[question]
         return self.video if medium == "video" else self.image
 
     def problems(self) -> Iterator[Problem]:
@@ -157,6 +163,10 @@ class JudgeTraining:
                 yield name, f"is set for {family.medium}s: give {type(family).__name__}(medium={name!r})"
             if family.candidates != 2 or family.sources:
                 yield name, f"is {type(family).__name__}, which does not compare two candidates alone"
+        if "" in self.questions:
+            yield "questions", "has one without a name; an example that names none compares"
+        for name, family in self.questions.items():
+            yield from ((f"questions[{name!r}].{inner}", text) for inner, text in family.problems())
         if self.precision not in ("auto", "bfloat16", "float32"):
             yield "precision", f"is {self.precision!r}; it needs to be auto, bfloat16 or float32"
         if self.wandb not in ("auto", "online", "offline", "disabled"):
@@ -182,6 +192,7 @@ def load(path: str | Path, assignments: Sequence[str] = ()) -> JudgeTraining:
     spec = importlib.util.spec_from_file_location(f"_judge_experiment_{Path(path).stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where a dataclass of the file looks up its annotations
     try:
         spec.loader.exec_module(module)
         made = module.config()

@@ -24,7 +24,7 @@ def train(config: JudgeTraining) -> Path:
     if not config.sft.traces:
         raise ValueError("sft.traces is not set: give the file that distill wrote, sft.traces=FILE")
     folder = config.folder / "sft"
-    rows = finetuning.read_lines(config.sft.traces, ("prompt", "reply"))
+    rows = finetuning.read_lines(config.sft.traces, ("prompt", "reply"), config.questions)
     source = finetuning.local_folder(config.model)
     finetuning.begin(config, config.sft, folder, source, Path(config.sft.traces))
     if finetuning.finished(folder):
@@ -35,7 +35,8 @@ def train(config: JudgeTraining) -> Path:
 def trainer(config: JudgeTraining, folder: Path, source: Path, rows: list[dict]) -> SFTTrainer:
     """TRL's trainer for these rows, from the source's weights."""
     processor: FramesProcessor = finetuning.load_processor(source)
-    examples = [{"prompt": row["prompt"], "media": row["media"], "completion": row["reply"]} for row in rows]
+    names = {"prompt": "prompt", "media": "media", "question": "question", "reply": "completion"}
+    examples = [{new: row.get(old) for old, new in names.items()} for row in rows]
     return SFTTrainer(
         model=finetuning.load_model(config, source),
         args=SFTConfig(**finetuning.arguments(config, config.sft, folder), completion_only_loss=True),

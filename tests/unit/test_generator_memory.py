@@ -200,7 +200,9 @@ def test_a_dry_run_warns_of_what_is_not_installed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else found(name, *a))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else found(name, *a)
+    )
     words = ["train", "experiments/shapes_image.py", "--dry-run"]
     assert main([*words, "generator.memory.base_bits=4", "placement.learner_gpus=1", "placement.rollout_gpus=1"]) == 0
     assert "warning: not on this machine: generator.memory.base_bits is 4" in capsys.readouterr().out

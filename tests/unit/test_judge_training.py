@@ -6,7 +6,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,6 +26,7 @@ from reward_server import dpo, finetuning, judge_training, pairs, sft
 from reward_server.__main__ import main
 from reward_server.families.base import read_wording
 from reward_server.families.flex import Flex
+from reward_server.families.unified import Unified2Point
 from reward_server.judge_training import Dpo, JudgeTraining, Lora, Sft
 from reward_server.pairs import FILE
 from testbed import judge_model, judge_trace, refine_judge
@@ -30,6 +34,7 @@ from testbed.judge_data import Pair
 from testbed.judge_model import patches, reply_ids, request_ids
 from testbed.judge_preferences import render_pairs
 from testbed.oracle_judge import MODEL, OracleJudge
+from testbed.train_judge import collate
 from tests.tiny_vlm import THINKING_TEMPLATE, qwen3_5, save_tiny_vlm
 
 CLIP = "a red circle moving right"
@@ -142,9 +147,7 @@ def test_an_example_is_what_the_served_judge_sees_and_only_its_reply_is_learned(
         assert set(batch["labels"][row, length:].tolist()) <= {-100}
 
 
-def test_the_loss_is_the_one_of_the_pre_training(config: JudgeTraining, drawn: list[Pair]) -> None:
-    from testbed.train_judge import collate
-
+def test_the_loss_is_the_one_of_a_forward_of_our_own(config: JudgeTraining, drawn: list[Pair]) -> None:
     trainer = sft_trainer(config)
     model, some = trainer.model.eval(), drawn[:3]
     batch = trainer.data_collator([trainer.train_dataset[k] for k in range(3)])
@@ -362,6 +365,38 @@ def test_the_testbed_takes_its_judge_through_the_recipe_once(
 # ---------------------------------------------------------------- what is refused, and the recipes
 
 
+TWO = """
+from dataclasses import replace
+from reward_server.families.flex import Flex
+from reward_server.judge_training import JudgeTraining, Sft
+
+def config():
+    wording = Flex(prompt_file={wording!r})
+    fit = Sft(traces={traces!r}, lr=1e-3, batch=1, accumulation=1, steps=3, schedule="constant", log_every=1)
+    return JudgeTraining(name="two", output={output!r}, model={model!r}, image=wording,
+                         video=replace(wording, medium="video"), sft=fit, gradient_checkpointing=False, wandb="disabled")
+"""
+
+
+def test_two_processes_learn_what_one_does_with_twice_the_batches(config: JudgeTraining, tmp_path: Path) -> None:
+    """The same examples in a step, hence the same losses and gradients, written down by one of the two."""
+    assert isinstance(config.image, Flex)
+    known = {"wording": config.image.prompt_file, "traces": config.sft.traces, "output": str(tmp_path)}
+    (tmp_path / "two.py").write_text(TWO.format(model=config.model, **known))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "reward_server", "sft"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen([sys.executable, *launch, str(tmp_path / "two.py")], env=environment)
+    sft.train(replace(config, sft=replace(config.sft, batch=1, accumulation=2, steps=3)))
+    assert run.wait(timeout=120) == 0
+    alone, together = (list(finetuning.read_metrics(tmp_path / name / "sft")) for name in ("judge", "two"))
+    assert [line["step"] for line in together] == [1, 2, 3]
+    for one, two in zip(alone, together, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+    assert json.loads((tmp_path / "two" / "sft" / finetuning.SETTINGS).read_text())["processes"] == 2
+    assert finetuning.finished(tmp_path / "two" / "sft")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -397,17 +432,50 @@ def test_what_cannot_be_is_said_at_once(
         ('{"prompt": "a"}', "line 1: KeyError 'media'"),
         ('{"prompt": "a", "reply": 3, "media": [["there.png"], ["there.png"]]}', "reply is no text"),
         ('{"prompt": "a", "reply": "b", "media": [["there.png"], ["gone.png"]]}', "gone.png' is not there"),
-        ('{"prompt": "a", "reply": "b", "media": [["there.png"]]}', "media are not two"),
+        ('{"prompt": "a", "reply": "b", "media": [["there.png"]]}', "it needs 2 lists of paths"),
         ('{"prompt": "<|image_pad|>", "reply": "b", "media": [["there.png"], ["there.png"]]}', "has the mark"),
+        (
+            '{"prompt": "a", "reply": "b", "media": [["there.png"]], "question": "guess"}',
+            "'guess' is none of the training's questions: ['score']",
+        ),
+        (
+            '{"prompt": "a", "reply": "b", "media": [["there.png"], ["there.png"]], "question": "score"}',
+            "it needs 1 lists of paths",
+        ),
+        (
+            '{"prompt": "a", "reply": "b", "media": [["there.png", "there.png"]], "question": "score"}',
+            "the question 'score' is about images",
+        ),
         ("", "there is nothing to train on"),
     ],
 )
 def test_an_unusable_trace_is_named(config: JudgeTraining, tmp_path: Path, line: str, said: str) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "there.png")
     (tmp_path / "traces.jsonl").write_text(line)
+    asked = replace(config, questions={"score": Unified2Point()})
     with pytest.raises(ValueError, match=r".*") as raised:
-        sft.train(replace(config, sft=replace(config.sft, traces=str(tmp_path / "traces.jsonl"))))
+        sft.train(replace(asked, sft=replace(config.sft, traces=str(tmp_path / "traces.jsonl"))))
     assert said in str(raised.value)
+
+
+OWN = """
+from __future__ import annotations
+from dataclasses import dataclass
+from reward_server.judge_training import JudgeTraining, Sft
+
+@dataclass(frozen=True)
+class Budget:
+    steps: int = 7
+
+def config():
+    return JudgeTraining(name="mine", model="folder", sft=Sft(steps=Budget().steps))
+"""
+
+
+def test_an_experiment_may_have_dataclasses_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(OWN)
+    assert judge_training.load(path, ["sft.lr=0.5"]).sft == Sft(lr=0.5, steps=7)
 
 
 def test_a_template_with_another_end_is_refused(config: JudgeTraining) -> None:
