@@ -83,8 +83,12 @@ check: setup  ## ruff and pyright
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
 
-test: environments  ## every test, on the CPU
-	$(PY) -m pytest tests
+# Tests with processes mostly wait for these to start, so the others run beside them, with what they leave of the processor.
+test: environments  ## every test, on the CPU: two pytests side by side
+	@nice -n 19 $(PY) -m pytest tests/unit tests/invariants tests/gpu > .tests.log 2>&1 & others=$$!; \
+	trap "kill $$others" INT TERM; \
+	$(PY) -m pytest tests/integration; first=$$?; \
+	echo "the other tests, which ran beside these:"; wait $$others; second=$$?; cat .tests.log; exit $$((first || second))
 
 chaos: setup  ## the chaos test in full: STEPS=200 SEED=0, tens of minutes
 	CHAOS_STEPS=$(or $(STEPS),200) CHAOS_SEED=$(or $(SEED),0) $(PY) -m pytest tests/integration/test_chaos.py
