@@ -276,9 +276,8 @@ def arguments(config: JudgeTraining, fit: Fit, folder: Path) -> dict[str, Any]:
 
 def processes() -> PartialState:
     """How many processes train together, and which this one is."""
-    return PartialState(
-        cpu=not torch.accelerator.is_available()
-    )  # or several on CPUs would each think themselves alone
+    # Without `cpu` each of several processes on CPUs would think itself alone.
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def begin(config: JudgeTraining, fit: Fit, folder: Path, source: Path, data: Path) -> None:
