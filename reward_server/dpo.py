@@ -11,7 +11,7 @@ from pathlib import Path
 
 from trl import DPOConfig, DPOTrainer
 
-from reward_server import finetuning
+from reward_server import examples, finetuning
 from reward_server.judge_training import JudgeTraining
 from reward_server.pairs import FILE
 
@@ -32,20 +32,20 @@ def train(config: JudgeTraining) -> Path:
     finetuning.begin(config, config.dpo, folder, source, data)
     if finetuning.finished(folder):
         return folder / finetuning.MODEL
-    rows = [row for row in finetuning.read_lines(data, ("prompt",)) if row.get("chosen")]
+    rows = [row for row in examples.read_lines(data, ("prompt",)) if row.get("chosen")]
     return finetuning.fit_and_export(config, trainer(config, folder, source, rows), folder, source)
 
 
 def trainer(config: JudgeTraining, folder: Path, source: Path, rows: list[dict]) -> DPOTrainer:
     """TRL's trainer for these rows; the reference is the source, or the model without its adapter."""
-    processor = finetuning.load_processor(source)
-    examples = [{name: row[name] for name in ("prompt", "media", "chosen", "rejected")} for row in rows]
+    processor = examples.load_processor(source)
+    given = [{name: row[name] for name in ("prompt", "media", "chosen", "rejected")} for row in rows]
     model = finetuning.load_model(config, source)
     return DPOTrainer(
         model=model,
         ref_model=None if config.lora else finetuning.load_model(config, source).requires_grad_(False),
         args=DPOConfig(**finetuning.arguments(config, config.dpo, folder), beta=config.dpo.beta),
-        train_dataset=finetuning.dataset(config, processor, examples),
+        train_dataset=examples.dataset(config, processor, given),
         processing_class=processor,
         peft_config=finetuning.adapter(config),
     )

@@ -1,4 +1,4 @@
-"""What both stages of a judge's training share: the model, the request as text, TRL's settings, resume, export.
+"""What both stages of a judge's training share: the model, TRL's settings, resume, export.
 
 A stage lives in a folder of its own:
 
@@ -7,8 +7,7 @@ A stage lives in a folder of its own:
     metrics.jsonl     one object for each logged step
     model/            the finished judge as vLLM serves it: weights, tokenizer, processor, chat template
 
-TRL does the training. Its collators take a request as text, a reply as text and the pictures, so what is ours is only to
-render the request by the family that will ask the served judge.
+TRL does the training, on what `examples.py` reads.
 """
 
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
@@ -20,13 +19,10 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-# Read when the libraries below are first imported.
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -34,172 +30,18 @@ from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageTextToText,
-    AutoTokenizer,
     PreTrainedModel,
-    Qwen3VLProcessor,
     Trainer,
     TrainerCallback,
 )
 
 from reward_server.begun import begun_with, fingerprint, wordings
-from reward_server.families.base import ChatFamily, Medium
 from reward_server.judge_training import Fit, JudgeTraining
 from reward_server.machine import find_model
-from reward_server.preferences import is_video, pictures
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 SETTINGS, METRICS, MODEL = "settings.json", "metrics.jsonl", "model"
-_REQUEST = ("prompt", "media", "question")
-"""What a line says that is no reply."""
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pth", "*.gguf")
-
-
-# ---------------------------------------------------------------- the request
-
-
-class FramesProcessor(Qwen3VLProcessor):
-    """Qwen3-VL's and Qwen3.5's processor without its video half: judges see a video as frames.
-
-    The video half cannot be loaded without torchvision, and nothing here needs it.
-    """
-
-    def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str | None = None) -> None:
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
-
-
-def load_processor(folder: Path) -> FramesProcessor:
-    """The folder's tokenizer, chat template and picture processor.
-
-    Raises:
-        ValueError: a folder without a chat template, which is what turns a request into text.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if not tokenizer.chat_template:
-        raise ValueError(f"the model folder {str(folder)!r} has no chat template: a judge is asked by chat")
-    images = AutoImageProcessor.from_pretrained(folder)
-    return FramesProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
-
-
-def rendered(processor: FramesProcessor, family: ChatFamily, prompt: str, shown: Sequence[int]) -> str:
-    """The request as the server renders it, up to where the reply begins.
-
-    Args:
-        shown: Pictures of each candidate: (1, 1), or the numbers of frames.
-    """
-    (message,) = family.request(prompt, [[""] * count for count in shown])
-    # As vLLM hands it to the template: a picture is a mark, its data goes another way.
-    content = [{"type": "image"} if part["type"] == "image_url" else part for part in message["content"]]
-    options = family.options().get("chat_template_kwargs", {})
-    return processor.apply_chat_template(
-        [message | {"content": content}], tokenize=False, add_generation_prompt=True, **options
-    )
-
-
-def ended(processor: FramesProcessor, reply: str) -> str:
-    """The reply with the token that ends it, as the judge has to write it."""
-    return reply + processor.tokenizer.eos_token
-
-
-def dataset(config: JudgeTraining, processor: FramesProcessor, rows: Sequence[Mapping[str, Any]]) -> Dataset:
-    """Examples as TRL takes them: request and replies as text, pictures read when their turn comes.
-
-    Args:
-        rows: Each with "prompt", "media" (a list of paths for each candidate, in the order shown), "question" where it
-            does not compare, and one or several replies under other names, which are given their end.
-
-    Raises:
-        ValueError: no rows, a chat template that ends a reply otherwise, or a text with one of its marks.
-    """
-    from datasets import Dataset
-
-    if not rows:
-        raise ValueError("there is nothing to train on: the file holds no usable examples")
-    _check_end(config, processor)
-    marks = processor.tokenizer.all_special_tokens
-    for row in rows:
-        found = [mark for name in row if name not in ("media", "question") for mark in marks if mark in row[name]]
-        if found:
-            raise ValueError(f"the instance with the prompt {row['prompt'][:60]!r} has the mark {found[0]!r} in a text")
-
-    def read(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        made = [example(config, processor, row) for row in rows]
-        return {name: [one[name] for one in made] for name in made[0]}
-
-    return Dataset.from_list([dict(row) for row in rows]).with_transform(read)
-
-
-def example(config: JudgeTraining, processor: FramesProcessor, row: Mapping[str, Any]) -> dict[str, Any]:
-    """One row with its request rendered, its pictures in the order shown, and its replies ended."""
-    family = config.family(medium_of(row["media"][0]), row.get("question") or "")
-    shown = [pictures(paths, family.frames) for paths in row["media"]]
-    request = rendered(processor, family, row["prompt"], [len(frames) for frames in shown])
-    replies = {name: ended(processor, row[name]) for name in row if name not in _REQUEST}
-    return {"prompt": request, "images": [frame for frames in shown for frame in frames]} | replies
-
-
-def medium_of(paths: Sequence[str]) -> Medium:
-    """A candidate of several frames, or of one video file, is a video."""
-    return "video" if len(paths) > 1 or is_video(paths[0]) else "image"
-
-
-def _check_end(config: JudgeTraining, processor: FramesProcessor) -> None:
-    """Raises ValueError if the template does not end an assistant's turn as ``ended`` does."""
-    options = config.image.options().get("chat_template_kwargs", {})
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "{}"}]
-    whole = processor.apply_chat_template(turns, tokenize=False, **options)
-    if not whole.rstrip().endswith(ended(processor, "{}")):
-        raise ValueError(
-            f"the chat template ends a reply with {whole[-30:]!r}, and the tokenizer's end is "
-            f"{processor.tokenizer.eos_token!r}: the judge would not learn to stop"
-        )
-
-
-def read_lines(
-    path: str | Path, wanted: Sequence[str], questions: Mapping[str, ChatFamily] | None = None
-) -> list[dict[str, Any]]:
-    """The JSON lines of a file, with "media" as paths that exist.
-
-    Args:
-        questions: What a line may name as its "question".
-
-    Raises:
-        ValueError: no such file, or a line that is no object with the wanted keys, that asks what is not known, or that
-            names media that are not there.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"there is no file {str(path)!r}")
-    made = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            media = [[str(Path(path).parent / one) for one in paths] for paths in row["media"]]
-            missing = [name for name in wanted if not isinstance(row[name], str)]
-            question = row.get("question") or ""
-            family = (questions or {}).get(question)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path}, line {number}: {type(error).__name__} {error}; it needs {wanted}, media"
-            ) from error
-        said = ""
-        if missing:
-            said = f"{missing[0]} is no text"
-        elif question and question not in (questions or {}):
-            said = f"the question {question!r} is none of the training's questions: {sorted(questions or {})}"
-        elif absent := [one for paths in media for one in paths if not Path(one).is_file()]:
-            said = f"{absent[0]!r} is not there"
-        elif len(media) != (shown := family.sources + family.candidates if family else 2) or not all(media):
-            said = f"media are {media}; it needs {shown} lists of paths, none of them empty"
-        elif family and family.medium != medium_of(media[0]):
-            said = f"the question {question!r} is about {family.medium}s, and media are {media}"
-        if said:
-            raise ValueError(f"{path}, line {number}: {said}")
-        made.append(row | {"media": media})
-    return made
 
 
 # ---------------------------------------------------------------- the model

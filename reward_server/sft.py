@@ -10,8 +10,7 @@ from pathlib import Path
 
 from trl import SFTConfig, SFTTrainer
 
-from reward_server import finetuning
-from reward_server.finetuning import FramesProcessor
+from reward_server import examples, finetuning
 from reward_server.judge_training import JudgeTraining
 
 
@@ -24,7 +23,7 @@ def train(config: JudgeTraining) -> Path:
     if not config.sft.traces:
         raise ValueError("sft.traces is not set: give the file that distill wrote, sft.traces=FILE")
     folder = config.folder / "sft"
-    rows = finetuning.read_lines(config.sft.traces, ("prompt", "reply"), config.questions)
+    rows = examples.read_lines(config.sft.traces, ("prompt", "reply"), config.questions)
     source = finetuning.local_folder(config.model)
     finetuning.begin(config, config.sft, folder, source, Path(config.sft.traces))
     if finetuning.finished(folder):
@@ -34,13 +33,13 @@ def train(config: JudgeTraining) -> Path:
 
 def trainer(config: JudgeTraining, folder: Path, source: Path, rows: list[dict]) -> SFTTrainer:
     """TRL's trainer for these rows, from the source's weights."""
-    processor: FramesProcessor = finetuning.load_processor(source)
+    processor = examples.load_processor(source)
     names = {"prompt": "prompt", "media": "media", "question": "question", "reply": "completion"}
-    examples = [{new: row.get(old) for old, new in names.items()} for row in rows]
+    given = [{new: row.get(old) for old, new in names.items()} for row in rows]
     return SFTTrainer(
         model=finetuning.load_model(config, source),
         args=SFTConfig(**finetuning.arguments(config, config.sft, folder), completion_only_loss=True),
-        train_dataset=finetuning.dataset(config, processor, examples),
+        train_dataset=examples.dataset(config, processor, given),
         processing_class=processor,
         peft_config=finetuning.adapter(config),
     )

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from reward_server import dpo, finetuning, judge_training, pairs, sft
+from reward_server import dpo, examples, finetuning, judge_training, pairs, sft
 from reward_server.__main__ import main
 from reward_server.families.base import read_wording
 from reward_server.families.flex import Flex
@@ -110,13 +110,13 @@ def config(data: Path, tmp_path: Path) -> JudgeTraining:
 
 
 def sft_trainer(config: JudgeTraining) -> Any:
-    rows = finetuning.read_lines(config.sft.traces, ("prompt", "reply"))
+    rows = examples.read_lines(config.sft.traces, ("prompt", "reply"))
     return sft.trainer(config, config.folder / "sft", Path(config.model), rows)
 
 
 def with_pairs(config: JudgeTraining, drawn: list[Pair]) -> JudgeTraining:
     """Writes pairs in which the right trace is preferred to that of the swapped pair."""
-    rows = finetuning.read_lines(config.sft.traces, ("prompt", "reply"))[: len(drawn)]
+    rows = examples.read_lines(config.sft.traces, ("prompt", "reply"))[: len(drawn)]
     lines = [row | {"chosen": row["reply"], "rejected": trace(p.swapped())} for row, p in zip(rows, drawn, strict=True)]
     undecided = {k: lines[0][k] for k in ("prompt", "media")} | {"id": "none", "outcome": "none right"}
     write(config.folder / FILE, [*lines, undecided])
@@ -173,7 +173,7 @@ def test_pictures_and_clips_stand_in_one_batch(config: JudgeTraining) -> None:
 
 def test_both_replies_of_a_pair_see_the_pictures(config: JudgeTraining, drawn: list[Pair]) -> None:
     config = with_pairs(config, drawn)
-    rows = [row for row in finetuning.read_lines(config.folder / FILE, ("prompt",)) if row.get("chosen")]
+    rows = [row for row in examples.read_lines(config.folder / FILE, ("prompt",)) if row.get("chosen")]
     trainer = dpo.trainer(config, config.folder / "dpo", Path(config.model), rows)
     batch = trainer.data_collator([trainer.train_dataset[0]])
     one, other = (batch["input_ids"][k][batch["completion_mask"][k] == 1].tolist() for k in (0, 1))
@@ -479,11 +479,11 @@ def test_an_experiment_may_have_dataclasses_of_its_own(tmp_path: Path) -> None:
 
 
 def test_a_template_with_another_end_is_refused(config: JudgeTraining) -> None:
-    processor = finetuning.load_processor(Path(config.model))
+    processor = examples.load_processor(Path(config.model))
     processor.chat_template = processor.chat_template.replace("<|im_end|>", "<|endoftext|>")
     rows = [{"prompt": "a", "media": [["a"], ["b"]], "completion": "c"}]
     with pytest.raises(ValueError, match="would not learn to stop"):
-        finetuning.dataset(config, processor, rows)
+        examples.dataset(config, processor, rows)
 
 
 @pytest.mark.parametrize("size", ["8b", "2b"])
