@@ -24,8 +24,9 @@ from grpo_flex.config import ConfigError, RunConfig
 from grpo_flex.console import Console
 from grpo_flex.fleet import Job
 from grpo_flex.guards import Regress, regress, spread, versus_base
-from grpo_flex.judge_figures import answered, judge_metrics, judged_share, mostly, what_to_mend
-from grpo_flex.judge_server import JudgeAway, JudgeServer, JudgeUseless, Revival
+from grpo_flex.judge_figures import answered, judge_metrics
+from grpo_flex.judge_server import JudgeServer
+from grpo_flex.judge_watch import JudgeWatch
 from grpo_flex.metrics import RunLog, VerdictRow, curve, headline_key, keys_of, mean_scores, read_metrics
 from grpo_flex.mirror import Mirror
 from grpo_flex.prompts import PromptStream, seed_for
@@ -38,14 +39,10 @@ if TYPE_CHECKING:
 
     GroupRef = ray.ObjectRef[RolloutGroup]
 
-HEARTBEAT_S = 5.0
-"""Between two looks at a judge that is away."""
 POLL_S = 0.5
 """How long a Ctrl-C, or a process that died, may go unnoticed while the run waits."""
 SIGNAL_S = 2.0
 """A signal to the whole process group may end Ray's processes before this one has seen it; so long it is waited for."""
-ALIKE_ROUNDS = 3
-"""So often in a row a judge that is there may answer a step in a way that it would answer again."""
 STARVED_STEPS = 3
 """So many steps in a row in which no sibling got a reward end the run: it would only burn time."""
 
@@ -96,7 +93,8 @@ class Trainer:
         pending: Mapping[str, float] | None = None,
     ) -> None:  # fmt: skip
         self.config, self.cluster, self.log, self.console = config, cluster, log, console
-        self.prompts, self.heldout, self.step, self.server = prompts, heldout, step, server
+        self.prompts, self.heldout, self.step = prompts, heldout, step
+        self._judge_watch = JudgeWatch(config.judge, cluster, console, server, self._pause)
         self.mirror: Mirror | None = None
         self.basis = dict(basis or {})
         self._stop, self._stop_at = False, 0.0
@@ -113,10 +111,7 @@ class Trainer:
         cluster.stopping, cluster.stopped_s = partial(self.stopping, SIGNAL_S), self.stopped_s
         self._example: tuple[GroupRef, RewardedGroup, Sequence[Verdict]] | None = None
         self._seconds: dict[str, float] = {}
-        self._outage: dict[str, float] = {}
         self._base: list[ray.ObjectRef[np.ndarray]] = []
-        self._revival: Revival | None = None
-        """Of the run's own judge, while it is being started again."""
 
     def run(self) -> None:
         """Train until ``config.steps`` are completed.
@@ -140,7 +135,7 @@ class Trainer:
             began, self._seconds = time.perf_counter(), {}
             if self._numbers is None:  # else the run was stopped while it evaluated this step
                 self._numbers = self.take_step()
-                self._outage = {}
+                self._judge_watch.next_step()
                 self._adapters.append(self.cluster.publish())
                 self.step += 1
                 self._flights.popleft()
@@ -200,22 +195,12 @@ class Trainer:
             return [[] for _ in flight.prompts]
         with self._phase("judge"):
             verdicts = self._get([flight.asked[i] for i in range(len(flight.prompts))])
-            away_since, alike = None, 0
-            while len(missing := self._unusable(verdicts)) > self._spare(len(verdicts)):
-                away_since = away_since or time.monotonic()
-                lacking = [verdicts[i] for i in missing]
-                what = f"{len(missing)} of {len(verdicts)} groups lack verdicts{mostly(lacking)}"
-                mend = what_to_mend(lacking)
-                alike = alike + 1 if mend else 0
-                if alike >= ALIKE_ROUNDS:
-                    raise JudgeUseless(f"{what}, however often it is asked: the judge is there; {mend}, then resume")
-                self._hold_for_judge(time.monotonic() - away_since, what, mend)
-                self._count("asked_again", sum(not answered(v) for i in missing for v in verdicts[i]))
+            for missing in self._judge_watch.missing(self.step + 1, verdicts):
+                self._judge_watch.count("asked_again", sum(not answered(v) for i in missing for v in verdicts[i]))
                 flight.asked |= {i: self._ask(flight, i, flight.groups[i], verdicts[i]) for i in missing}
                 again = self._get([flight.asked[i] for i in missing])
                 for i, verdict in zip(missing, again, strict=True):
                     verdicts[i] = verdict
-            self._count("away_s", time.monotonic() - away_since if away_since else 0.0)
             return verdicts
 
     def score(self, flight: Flight) -> list[list[Verdict]]:
@@ -229,7 +214,7 @@ class Trainer:
         self, flight: Flight, verdicts: Sequence[Sequence[Verdict]], scores: Sequence[Sequence[Verdict]]
     ) -> dict[str, float]:
         """Verdicts and scores -> rewards -> advantages -> update. Groups with too few verdicts are masked."""
-        groups, unusable = flight.groups, set(self._unusable(verdicts))
+        groups, unusable = flight.groups, set(self._judge_watch.unusable(verdicts))
         usable = [i for i in range(len(groups)) if i not in unusable]
         if unusable:
             self.console.note(
@@ -252,7 +237,7 @@ class Trainer:
         self._example = (groups[usable[0]], rewarded[0], said[0])
         numbers["perf/early_groups"] = float(len(flight.begun))
         numbers |= reward_metrics(rewarded) | judge_metrics(verdicts) | scorer_metrics(scores)
-        return numbers | self._outage_metrics(len(unusable)) | ray.get(report) | dict(result.metrics)
+        return numbers | self._judge_watch.figures(len(unusable)) | ray.get(report) | dict(result.metrics)
 
     def evaluate(self, adapter: AdapterRef) -> dict[str, float]:
         """Mean scores of held-out samples, as heldout/<name>; pictures go to the log."""
@@ -412,61 +397,10 @@ class Trainer:
         if refs and ray.wait(refs, num_returns=len(refs), timeout=0)[1]:
             return None
         said = ray.get(refs)
-        return None if self._unusable(said[: len(asked)]) else [v for given in said for v in given]
+        return None if self._judge_watch.unusable(said[: len(asked)]) else [v for given in said for v in given]
 
     def _rewarded(self, flight: Flight, i: int, said: Sequence[Verdict]) -> RewardedGroup:
         return self.config.reward(self.config.sampling.group_size, said, flight.prompts[i].id)
-
-    def _unusable(self, verdicts: Sequence[Sequence[Verdict]]) -> list[int]:
-        """Indices of the groups with too small a share of judged pairs; without a judge there is none."""
-        if (judge := self.config.judge) is None:
-            return []
-        return [i for i, vs in enumerate(verdicts) if not vs or judged_share(vs) < judge.min_judged]
-
-    def _spare(self, groups: int) -> int:
-        """How many groups a step can do without; never all of them."""
-        assert self.config.judge is not None
-        return min(groups - 1, groups - math.ceil(groups * self.config.judge.min_groups - 1e-9))
-
-    def _hold_for_judge(self, away_s: float, what: str, mend: str) -> None:
-        """One heartbeat of waiting, and on until the judge answers its health probe."""
-        assert self.config.judge is not None
-        began, limit = time.monotonic(), self.config.judge.give_up_s
-        while True:
-            if away_s + time.monotonic() - began > limit:
-                mend = mend or "bring the judge back"
-                raise JudgeAway(f"{what} for longer than judge.give_up_s={limit:g}; {mend}, then resume")
-            self.console.note(f"step {self.step + 1}: {what}; waiting for the judge")
-            self._pause(HEARTBEAT_S)
-            if self.cluster.judge_is_healthy():
-                return
-            self._revive_judge()
-
-    def _revive_judge(self) -> None:
-        """Start the run's own judge again if its process has ended; called when no endpoint is healthy, and until it is up."""
-        if self._revival is not None:
-            if (problem := self._revival.outcome()) is None:
-                return
-            self._revival = None
-            if problem:
-                self.console.note(f"the judge did not come up: {problem}")
-                self._next_look = time.monotonic() + HEARTBEAT_S
-            else:
-                self.cluster.judge_is_healthy()  # closes the circuit breaker now, not with its next probe
-        elif self.server is not None and self.server.ended:
-            self.console.note(f"step {self.step + 1}: the judge's process has ended; starting it again")
-            self._count("restarts", 1)
-            self._revival = Revival(self.server)
-
-    def _outage_metrics(self, dropped: int) -> dict[str, float]:
-        """What a judge that was away cost this step; nothing to say without a judge."""
-        if self.config.judge is None:
-            return {}
-        counted = {"dropped_groups": float(dropped), "away_s": 0.0, "asked_again": 0.0, "restarts": 0.0} | self._outage
-        return {f"judge/{name}": value for name, value in counted.items()}
-
-    def _count(self, name: str, more: float) -> None:
-        self._outage[name] = self._outage.get(name, 0.0) + more
 
     def _check_rewards(self, rewarded: Sequence[RewardedGroup], scores: Sequence[Sequence[Verdict]]) -> None:
         """Say so when scorers fail throughout; raise Starved when that leaves step after step without a reward."""
@@ -525,10 +459,7 @@ class Trainer:
         self._next_look = time.monotonic() + POLL_S
         self.cluster.tend()
         self.console.workers(self.cluster.worker_states())
-        endpoints = self.cluster.judge_states()
-        self.console.judge({e.url: str(e) for e in endpoints})
-        if self._revival is not None or (endpoints and not any(e.healthy for e in endpoints)):
-            self._revive_judge()
+        self._judge_watch.tend()
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

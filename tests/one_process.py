@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from grpo_flex import cluster, judging, placement, report, train
+from grpo_flex import cluster, judge_watch, judging, placement, report, train
 from grpo_flex.config import RunConfig
 from grpo_flex.fleet import Job
 from grpo_flex.learner import Learner
@@ -127,7 +127,7 @@ def in_one_process(monkeypatch: pytest.MonkeyPatch, judge: StandInJudge) -> list
     """Runs take place in this process from here on, with this judge; the list of those that were started."""
     same = SimpleNamespace(put=lambda it: it, get=lambda it: it, wait=lambda refs, **_: (refs, []))
     monkeypatch.setattr(train, "ray", same)
-    monkeypatch.setattr(train, "HEARTBEAT_S", 0.02)
+    monkeypatch.setattr(judge_watch, "HEARTBEAT_S", 0.02)
     monkeypatch.setattr(judging, "check_endpoints", lambda *_: [])
     monkeypatch.setattr(report, "write_report", lambda _: None)  # many drawings
     made: list[OneProcess] = []
