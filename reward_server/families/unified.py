@@ -13,19 +13,20 @@ from typing import ClassVar
 
 from reward_server.families.base import FIRST, SECOND, TIE, ChatFamily, Reply, plain_lines, side, unparsed
 
-_NUMBER = r"(-?\d{1,9}(?:\.\d{1,9})?|nan)"
+_NUMBER = r"(-?\d{1,9}(?:\.\d{1,24})?|nan)"
+"""With all the decimals of a float: the released 2.0 judge writes up to 17 of them."""
 _AXIS = re.compile(r"(alignment|coherence|physics|style)\b[^:]{0,60}:?.{0,60}")
 _AXIS_SCORE = re.compile(rf"(alignment|coherence|physics|style) score(?: ?\(1 ?- ?5\))? ?: ?{_NUMBER}(?: ?/ ?5)?")
 _SIDE_SCORE = re.compile(rf"(?:image|video) ?([12]) ?: ?{_NUMBER}")
-_FINAL = re.compile(rf"final score(?: ?\(1 ?- ?5\))? ?: ?{_NUMBER}(?: ?/ ?5)?")
+_FINAL = re.compile(rf"final score(?: ?\(1 ?- ?(?:5|10)\))? ?: ?{_NUMBER}(?: ?/ ?(?:5|10))?")
+_QUALITY = re.compile(
+    r"(visual quality|temporal consistency|dynamic degree|text-to-video alignment|factual consistency) ?: ?([1-4])"
+)
 _ELEMENT = re.compile(r"(.{1,200}\(.{1,60}\)) ?: ?([01])")
 LOWEST, HIGHEST = 1.0, 5.0
+HIGHEST_OF_VIDEO = 10.0
+"""Of the final score that UnifiedReward 1.0 gives a video."""
 SUM_TOLERANCE = 0.02
-
-
-def axes(medium: str) -> tuple[str, str, str]:
-    """The three axes of UnifiedReward 2.0."""
-    return ("alignment", "physics", "style") if medium == "video" else ("alignment", "coherence", "style")
 
 
 def parse_point2(text: str) -> Reply:
@@ -114,24 +115,29 @@ def parse_pair1(text: str) -> Reply:
     return Reply(status="ok", winner=named.pop())
 
 
-def parse_point1(text: str) -> Reply:
-    """UnifiedReward 1.0, one candidate: "element (type): 0 or 1" lines, then "Final Score:" from 1 to 5.
+def parse_point1(text: str, highest: float = HIGHEST) -> Reply:
+    """UnifiedReward 1.0, one candidate: what it lists, then "Final Score:" from 1 to ``highest``.
 
-    The final score is "final", the share of elements present "elements" (absent where none is listed). An
-    echoed "element (type): 0/1" is no element. Unparsed: no final score, two different ones, out of range.
+    Of a picture it lists "element (type): 0 or 1", of a video five qualities from 1 to 4. The final score is "final", the
+    share of elements present "elements" (absent where none is listed), a quality has its own name ("visual_quality", …;
+    absent where two lines disagree). An echoed "element (type): 0/1" is no element. Unparsed: no final score, two
+    different ones, out of range.
     """
-    finals, elements = set(), []
+    finals, elements, qualities = set(), [], dict[str, set[float]]()
     for line in plain_lines(text):
         if match := _FINAL.fullmatch(line):
             finals.add(float(match[1]))
         elif match := _ELEMENT.fullmatch(line):
             elements.append(int(match[2]))
+        elif match := _QUALITY.fullmatch(line):
+            qualities.setdefault(re.sub("[ -]", "_", match[1]), set()).add(float(match[2]))
     if len(finals) != 1:
         return unparsed("two answers" if finals else "no score" if text.strip() else "empty reply")
     final = finals.pop()
-    if not LOWEST <= final <= HIGHEST:
+    if not LOWEST <= final <= highest:
         return unparsed("score out of range")
     listed = {"elements": (sum(elements) / len(elements),)} if elements else {}
+    listed |= {name: (values.pop(),) for name, values in qualities.items() if len(values) == 1}
     return Reply(status="ok", scores={"final": (final,), **listed})
 
 
@@ -149,14 +155,11 @@ class Unified2Point(ChatFamily):
 
 @dataclass(frozen=True, kw_only=True)
 class Unified2Pair(ChatFamily):
-    """UnifiedReward 2.0: two candidates, scores that add up to 1 on each axis."""
+    """UnifiedReward 2.0: two candidates, scores that add up to 1 on each axis; of videos too the axis is coherence."""
 
     name: ClassVar[str] = "unified2_pair"
     open_ended = True
-
-    @property
-    def anchors(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return axes(self.medium)
+    anchors = ("alignment", "coherence", "style")
 
     def parse(self, text: str) -> Reply:
         return parse_pair2(text)
@@ -175,7 +178,7 @@ class Unified1Pair(ChatFamily):
 
 @dataclass(frozen=True, kw_only=True)
 class Unified1Point(ChatFamily):
-    """UnifiedReward 1.0: the prompt's elements checked, and a final score from 1 to 5."""
+    """UnifiedReward 1.0: the prompt's elements checked and a final score from 1 to 5; of a video five qualities and 1 to 10."""
 
     name: ClassVar[str] = "unified1_point"
     open_ended = True
@@ -183,4 +186,4 @@ class Unified1Point(ChatFamily):
     decisive = ("final",)
 
     def parse(self, text: str) -> Reply:
-        return parse_point1(text)
+        return parse_point1(text, HIGHEST_OF_VIDEO if self.medium == "video" else HIGHEST)

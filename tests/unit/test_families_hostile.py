@@ -34,6 +34,20 @@ PAIR2 = (
     "Style Score:\n Image 1: 0.50\n Image 2: 0.50"
 )
 POINT1 = "red ball (object): 1\nblue (attribute): 0\n\nFinal Score: 3.5"
+# What the released judges' own examples look like.
+LONG2 = (
+    "Alignment Score:\n Image 1: 0.435699999332428\n Image 2: 0.564300000667572\n\n"
+    "Coherence Score:\n Image 1: 0.4180000126361847\n Image 2: 0.5820000171661377\n\n"
+    "Style Score:\n Image 1: 0.40790000557899475\n Image 2: 0.5921000242233276"
+)
+CLIP1 = (
+    "visual quality: 4\ntemporal consistency: 4\ndynamic degree: 3\ntext-to-video alignment: 1\n"
+    "factual consistency: 2\nFinal Score: 6"
+)
+QUALITIES = {
+    "visual_quality": (4.0,), "temporal_consistency": (4.0,), "dynamic_degree": (3.0,), "text_to_video_alignment": (1.0,),
+    "factual_consistency": (2.0,),
+}  # fmt: skip
 EIGHT = "\n".join(f"{k}: yes" for k in range(1, 9))
 FULL = {"checklist": (1.0,), "alignment": (0.65,), "quality": (0.25,), "aesthetics": (0.1,)}
 
@@ -71,6 +85,12 @@ CORPUS: list[tuple[ChatFamily, str, Any]] = [
         POINT2.replace("Coherence", "Physics"),
         {"alignment": (2.69,), "physics": (3.1,), "style": (4.0,)},
     ),
+    (
+        Unified2Point(),
+        POINT2.replace("2.69", "2.694700002670288"),
+        {"alignment": (2.694700002670288,), "coherence": (3.1,), "style": (4.0,)},
+    ),
+    (Unified2Point(), POINT2.replace("2.69", "2." + "6" * 25), "axis missing"),
     (Unified2Point(), POINT2[:-30], "axis missing"),
     (Unified2Point(), POINT2.replace("2.69", "nan"), "score out of range"),
     (Unified2Point(), POINT2.replace("2.69", "<number>"), "axis missing"),
@@ -83,6 +103,7 @@ CORPUS: list[tuple[ChatFamily, str, Any]] = [
     (Unified2Pair(), PAIR2, 0.0),
     (Unified2Pair(), PAIR2.replace("Image", "Video").replace("Coherence", "Physics"), 0.0),
     (Unified2Pair(), PAIR2.replace("0.70", "0.57").replace("0.30", "0.43"), 0.5),
+    (Unified2Pair(), LONG2, 1.0),
     (Unified2Pair(), PAIR2.replace("0.43", "nan"), None),
     (Unified2Pair(), PAIR2.replace("0.43", "0.9"), None),
     (Unified2Pair(), PAIR2[:-20], None),
@@ -109,6 +130,20 @@ CORPUS: list[tuple[ChatFamily, str, Any]] = [
     (GenericPair(), '<think>{"winner": "Image 1"} but wait', "truncated"),
     (Unified1Point(), POINT1, {"final": (3.5,), "elements": (0.5,)}),
     (Unified1Point(), "Final Score: 4/5", {"final": (4.0,)}),
+    (Unified1Point(), CLIP1, "score out of range"),
+    (Unified1Point(medium="video"), CLIP1, {"final": (6.0,), **QUALITIES}),
+    (Unified1Point(medium="video"), CLIP1.replace("6", "10/10"), {"final": (10.0,), **QUALITIES}),
+    (Unified1Point(medium="video"), CLIP1.replace("6", "11"), "score out of range"),
+    (
+        Unified1Point(medium="video"),
+        "visual quality: 1\n" + CLIP1.replace("visual quality: 4", "visual quality: 5"),
+        {"final": (6.0,), **QUALITIES, "visual_quality": (1.0,)},
+    ),
+    (
+        Unified1Point(medium="video"),
+        "dynamic degree: 1\n" + CLIP1,
+        {"final": (6.0,), **{k: v for k, v in QUALITIES.items() if k != "dynamic_degree"}},
+    ),
     (Unified1Point(), POINT1.replace("): 0", "): 0/1"), {"final": (3.5,), "elements": (1.0,)}),
     (Unified1Point(), "element (type): 0/1\nFinal Score: <number>", "no score"),
     (Unified1Point(), "element (type): 0/1\nFinal Score: 1-5", "no score"),
@@ -436,3 +471,13 @@ def test_a_checklist_is_weighed_by_hand_with_its_hierarchy() -> None:
     assert weigh(questions, answers)["checklist"] == pytest.approx(0.15)
     assert sum(q.weight for q in questions) == pytest.approx(1.0)
     assert sum(q.weight for q in VisionReward(medium="video").checklist()) == pytest.approx(1.0)
+
+
+def test_what_a_pair_of_videos_is_compared_in() -> None:
+    """Coherence; physics is what a single video is scored for."""
+    for medium in ("image", "video"):
+        assert Unified2Pair(medium=medium).anchors == ("alignment", "coherence", "style")
+        wording = Unified2Pair(medium=medium).wording()
+        assert "Coherence Score:" in wording and "Physics" not in wording
+    assert "Physics Score (1-5):" in Unified2Point(medium="video").wording()
+    assert "from 1 (very poor) to 10" in Unified1Point(medium="video").wording()
