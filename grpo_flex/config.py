@@ -263,7 +263,8 @@ class Judge:
     patience_s: float = 15.0
     """How long questions wait when no endpoint is healthy; then they are masked as "failed" at once."""
     step_budget_s: float = 600.0
-    """For all the verdicts of one step; what is missing then is masked as "timeout"."""
+    """For a step's verdicts: each group has so long from when its last sibling is there, then what is missing is masked as
+    "timeout"."""
     temperature: float = 0.0
     seed: int = 0
     max_tokens: int = 2048

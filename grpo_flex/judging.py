@@ -12,6 +12,7 @@ import base64
 import hashlib
 import io
 import json
+import math
 import os
 import random
 import time
@@ -53,13 +54,28 @@ SAID_LONGEST = 500
 """Characters that are kept of a server's refusal: vLLM says in them what was wrong with the question."""
 
 
+@dataclass(slots=True)
+class _Clock:
+    """The time that a group's questions have, from when its last sibling is there."""
+
+    seconds: float
+    until: float = math.inf
+
+    def start(self, *_: object) -> None:
+        self.until = time.monotonic() + self.seconds
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Question:
     step: int
     prompt: Prompt
     members: tuple[int, ...]
-    deadline: float
-    """``time.monotonic()`` after which nothing is sent."""
+    clock: _Clock
+
+    @property
+    def deadline(self) -> float:
+        """``time.monotonic()`` after which nothing is sent."""
+        return self.clock.until
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +118,6 @@ class JudgeClient:
         self.log = VerdictLog(verdict_path)
         self._families = by_candidates(judge.family)
         self._options = {candidates: family.options() for candidates, family in self._families.items()}
-        self._deadlines: dict[int, float] = {}
         self._counts: Counter[str] = Counter()
         self._caches: dict[str, dict[str, float]] = {}
         self._session: Any = None
@@ -131,23 +146,19 @@ class JudgeClient:
         Args:
             group: G siblings of one prompt.
             seed: Chooses the pairs and their orders; the same seed asks the same questions.
-            previous: Verdicts of an earlier call, whose time may be spent: the step gets its whole budget
-                again, answers are kept, and only the other questions are asked.
+            previous: Verdicts of an earlier call: its answers are kept, and only the other questions are asked.
         """
-        if previous:
-            self.renew_budget(group.step)
         ready = [_done(media) for media in group.media_G]
         return await self.judge_as_ready(group.prompt, group.step, ready, seed, previous)
 
     async def compare(
         self, prompt: Prompt, step: int, seed: int, one: np.ndarray, two: np.ndarray, about: str
     ) -> list[Verdict]:
-        """Verdicts on two media of one prompt, members 0 and 1, with a whole time budget of their own.
+        """Verdicts on two media of one prompt, members 0 and 1.
 
         Args:
             about: Which sample, for the record.
         """
-        self.renew_budget(step)  # the step's groups may have spent it
         return await self.judge_as_ready(prompt, step, [_done(one), _done(two)], seed, about=about)
 
     async def judge_as_ready(
@@ -170,12 +181,15 @@ class JudgeClient:
         shown = {family.frames for family in self._families.values()}
         encoded = {n: [asyncio.ensure_future(self._encoded(media, n)) for media in coming] for n in shown}
         sources = await self._sources(prompt, coming)
-        deadline = self._deadline(step)
+        clock = _Clock(self.judge_config.step_budget_s)
+        clock.start()
+        for media in coming:
+            media.add_done_callback(clock.start)
         try:
             members = self.judge_config.questions(len(coming), seed)
             while members:
                 new = [m for m in members if m not in known]
-                questions = [_Question(step=step, prompt=prompt, members=m, deadline=deadline) for m in new]
+                questions = [_Question(step=step, prompt=prompt, members=m, clock=clock) for m in new]
                 async with asyncio.TaskGroup() as tasks:
                     asked = [tasks.create_task(self._verdict(q, sources, encoded)) for q in questions]
                 told = [task.result() for task in asked]
@@ -192,10 +206,6 @@ class JudgeClient:
             self.log.add(step + 1, prompt.id, prompt.text, verdict, about)
         self.log.flush()
         return [known[m] for m in sorted(known)]
-
-    def renew_budget(self, step: int) -> None:
-        """Gives a step its whole time again, for asking once more after an outage."""
-        self._deadlines.pop(step, None)
 
     async def wait_until_healthy(
         self, timeout_s: float, heartbeat: Callable[[float], None], every_s: float = 5.0
@@ -251,13 +261,6 @@ class JudgeClient:
         if 2 not in self._families:
             return []
         return list(self.judge_config.pairs.more(group_size, seed, overall_answers(verdicts)))
-
-    def _deadline(self, step: int) -> float:
-        if step not in self._deadlines:
-            # Groups of one step share one budget, which runs from the step's first group.
-            self._deadlines = {s: d for s, d in self._deadlines.items() if s >= step - 8}
-            self._deadlines[step] = time.monotonic() + self.judge_config.step_budget_s
-        return self._deadlines[step]
 
     # ------------------------------------------------------------ media
 

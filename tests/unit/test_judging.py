@@ -576,16 +576,35 @@ def test_a_second_call_asks_only_what_is_missing(tmp_path: Path) -> None:
 def test_asking_again_has_the_whole_budget_again(tmp_path: Path) -> None:
     async def scenario() -> list[str]:
         async with (
-            Server(works) as server,
-            JudgeClient(config(server.url, step_budget_s=0.05), tmp_path / "v.gz") as client,
+            Server(first_then(2, hangs, works)) as server,
+            JudgeClient(config(server.url, step_budget_s=0.3, retries=0), tmp_path / "v.gz") as client,
         ):
-            await client.judge(group(2), 0)
-            await asyncio.sleep(0.06)
             spent = await client.judge(group(2), 0)
             again = await client.judge(group(2), 0, previous=spent)
             return [v.status for v in [*spent, *again]]
 
     assert run(scenario()) == ["timeout", "timeout", "ok", "ok"]
+
+
+def test_the_budget_is_for_judging_and_not_for_sampling(tmp_path: Path) -> None:
+    """Groups of a step that come late, and siblings that are still being made, find it whole."""
+
+    async def made(after_s: float) -> np.ndarray:
+        await asyncio.sleep(after_s)
+        return np.zeros((1, 8, 8, 3), np.uint8)
+
+    async def scenario() -> list[Verdict]:
+        async with (
+            Server(works) as server,
+            JudgeClient(config(server.url, step_budget_s=0.3), tmp_path / "v.gz") as client,
+        ):
+            verdicts = await client.judge(group(2), 0)
+            await asyncio.sleep(0.4)
+            verdicts += await client.judge(group(2), 0)
+            prompt = Prompt(id="p", text="a red circle")
+            return verdicts + await client.judge_as_ready(prompt, 0, [made(0.0), made(0.4)], 0)
+
+    assert [v.status for v in run(scenario())] == ["ok"] * 6
 
 
 def test_waiting_for_a_judge_beats_and_ends(tmp_path: Path) -> None:
