@@ -287,7 +287,8 @@ def best_and_worst(win_rates_G: np.ndarray, scores_G: np.ndarray) -> np.ndarray:
     array([nan, nan,  1., -1.])
     """
     pair, scored = np.full(len(win_rates_G), np.nan), ~np.isnan(scores_G)
-    winners, losers = np.flatnonzero(scored & (win_rates_G > 0.5)), np.flatnonzero(scored & (win_rates_G < 0.5))
+    ahead = win_rates_G - 0.5  # what is average but for rounding is neither
+    winners, losers = np.flatnonzero(scored & (ahead > FLAT)), np.flatnonzero(scored & (ahead < -FLAT))
     if len(winners) and len(losers):
         best, worst = winners[np.argmax(scores_G[winners])], losers[np.argmin(scores_G[losers])]
         if scores_G[best] > scores_G[worst]:

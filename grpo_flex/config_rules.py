@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from grpo_flex.pairing import Calibrated
-from grpo_flex.rewards import BradleyTerry, Consistent, Several, WinRate
+from grpo_flex.rewards import BradleyTerry, Consistent, Pointwise, Several, WinRate
 
 if TYPE_CHECKING:
     from grpo_flex.config import Problem, RunConfig
@@ -26,6 +26,7 @@ def rules_between_parts(config: RunConfig) -> Iterator[Problem]:
     yield from _scorers(config)
     if config.judge is not None:
         yield from _anchors(config)
+        yield from _criteria(config)
         yield from _incomplete(config)
         yield from _medium(config)
         yield from _sources(config)
@@ -221,6 +222,22 @@ def _anchors(config: RunConfig) -> Iterator[Problem]:
             )
 
 
+def _criteria(config: RunConfig) -> Iterator[Problem]:
+    """Which of a judge's scores count is said where some are parts of others, or in other units."""
+    from reward_server.families.rank_and_score import by_candidates
+
+    assert config.judge is not None
+    asked = by_candidates(config.judge.family).values()
+    decisive = next(((type(f).__name__, names) for f in asked if (names := getattr(f, "decisive", ()))), None)
+    for name, reward in _rewards("reward", config.reward):
+        if isinstance(reward, Pointwise) and not reward.criteria and decisive:
+            yield (
+                f"{name}.criteria",
+                f"is empty, and the scores that {decisive[0]} gives are of several kinds, some of them parts of "
+                f"others, which a plain mean would mix; give Pointwise(criteria={decisive[1]})",
+            )
+
+
 def _incomplete(config: RunConfig) -> Iterator[Problem]:
     """Who meets only some of the others may owe wins to them, which win rates do not see."""
     assert config.judge is not None
@@ -242,13 +259,18 @@ def _incomplete(config: RunConfig) -> Iterator[Problem]:
 
 def _pairwise(name: str, reward: Any) -> Iterator[tuple[str, Any]]:
     """The rewards that count wins, wherever they are wrapped, with their fields' names."""
-    if isinstance(reward, WinRate | BradleyTerry):
-        yield name, reward
-    elif isinstance(reward, Consistent):
-        yield from _pairwise(f"{name}.inner", reward.inner)
+    return ((where, one) for where, one in _rewards(name, reward) if isinstance(one, WinRate | BradleyTerry))
+
+
+def _rewards(name: str, reward: Any) -> Iterator[tuple[str, Any]]:
+    """All rewards that wrap no other, with their fields' names."""
+    if isinstance(reward, Consistent):
+        yield from _rewards(f"{name}.inner", reward.inner)
     elif isinstance(reward, Several):
         for i, one in enumerate(reward.rewards):
-            yield from _pairwise(f"{name}.rewards.{i}", one)
+            yield from _rewards(f"{name}.rewards.{i}", one)
+    else:
+        yield name, reward
 
 
 def _scorers(config: RunConfig) -> Iterator[Problem]:

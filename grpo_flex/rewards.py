@@ -98,8 +98,10 @@ class BradleyTerry(_Pairwise):
 
 @dataclass(frozen=True, kw_only=True)
 class Pointwise:
-    """Scores of single candidates: R(i) = weighted mean over criteria of the mean score of sibling i.
+    """Scores of single candidates: R(i) = Σ_c w_c·s_c(i) / Σ_c |w_c|, where s_c is the mean score of sibling i.
 
+    A sibling that lacks a criterion which others of its group have is masked: criteria have units of their own, so that the
+    mean of those that are left would be another number. One that the whole group lacks is left out.
     Scores of a family that scores two at once count for either member; those of in-process scorers stand beside the
     judge's, by name. Beside a judge, ``Several(names=("judge", "scores"), rewards=(WinRate(), Pointwise(criteria=…)))``.
     """
@@ -107,17 +109,19 @@ class Pointwise:
     criteria: tuple[str, ...] = ()
     """Which criteria count; empty: all that the verdicts carry, equally."""
     weights: tuple[float, ...] = ()
+    """One for each criterion, below 0 for what is to be small; empty: equal weights."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.weights and len(self.weights) != len(self.criteria):
             yield "weights", f"has {len(self.weights)} numbers, one is needed for each of {self.criteria}"
+        if self.weights and not any(self.weights):
+            yield "weights", f"is {self.weights}; not all of them can be 0"
 
     def __call__(self, group_size: int, verdicts: Sequence[Verdict], prompt_id: str) -> RewardedGroup:
         named = self.criteria or tuple(sorted({name for v in verdicts for name in v.scores}))
         means = {name: mean_scores(verdicts, name, group_size) for name in named}
         weights = dict(zip(named, self.weights or (1.0,) * len(named), strict=True))
-        judged = {n: m for n, m in means.items() if not np.isnan(m).all()}
-        total = weighted_mean(judged, weights) if judged else np.full(group_size, np.nan)
+        total = whole_mean({n: m for n, m in means.items() if weights[n]}, weights, group_size)
         return RewardedGroup(prompt_id=prompt_id, rewards_G=total, breakdown_G={"overall": total, **means})
 
 
@@ -141,7 +145,7 @@ class Several:
     """Several rewards side by side, for an advantage that weighs them (``advantages.Gdpo`` and the like).
 
     The breakdown holds each reward's own under its name, and its parts as "name/part". ``rewards_G`` is the
-    plain mean, for the record.
+    plain mean, for the record; a sibling that lacks a reward which others of its group have has none.
     """
 
     names: tuple[str, ...]
@@ -158,7 +162,7 @@ class Several:
     def __call__(self, group_size: int, verdicts: Sequence[Verdict], prompt_id: str) -> RewardedGroup:
         made = [reward(group_size, verdicts, prompt_id) for reward in self.rewards]
         parts = dict(zip(self.names, (m.rewards_G for m in made), strict=True))
-        total = nan_mean(np.stack(list(parts.values())), axis=0)
+        total = whole_mean(parts, dict.fromkeys(parts, 1.0), group_size)
         for name, group in zip(self.names, made, strict=True):
             parts |= {f"{name}/{part}": values for part, values in group.breakdown_G.items()}
         return RewardedGroup(prompt_id=prompt_id, rewards_G=total, breakdown_G=parts)
@@ -230,6 +234,15 @@ def weighted_mean(parts: Mapping[str, np.ndarray], weights: Mapping[str, float])
     weight = np.array([weights[name] for name in parts])[:, None] * ~np.isnan(values)
     total, mass = (weight * np.nan_to_num(values)).sum(0), weight.sum(0)
     return np.divide(total, mass, out=np.full(mass.shape, np.nan), where=mass > 0)
+
+
+def whole_mean(parts: Mapping[str, np.ndarray], weights: Mapping[str, float], group_size: int) -> np.ndarray:
+    """[G]: Σ w·x / Σ |w| over the parts that any sibling has; NaN for a sibling that lacks one of them."""
+    there = {name: part for name, part in parts.items() if not np.isnan(part).all()}
+    if not there:
+        return np.full(group_size, np.nan)
+    weight = np.array([weights[name] for name in there])
+    return (weight[:, None] * np.stack(list(there.values()))).sum(0) / np.abs(weight).sum()
 
 
 def mean_scores(verdicts: Sequence[Verdict], criterion: str, group_size: int) -> np.ndarray:

@@ -24,6 +24,7 @@ CASES = [
     # Ties make neither winners nor losers; who has no score is not chosen.
     ([0.5, 0.5, 1, 0], [9, 0, 2, 1], [NAN, NAN, 1, -1]),
     ([1, 0, 1, 0], [NAN, 2, 4, NAN], [NAN, -1, 1, NAN]),
+    ([0.5 + 1e-16, 0.5 - 2e-16, 1, 0], [9, 0, 2, 1], [NAN, NAN, 1, -1]),
     ([1, 1, 1], [1, 2, 3], [NAN] * 3),
     ([NAN, NAN], [1, 2], [NAN] * 2),
 ]

@@ -19,8 +19,9 @@ from grpo_flex.generators.flux import Flux
 from grpo_flex.generators.memory import Memory
 from grpo_flex.overrides import override
 from grpo_flex.pairing import Calibrated, Pivots, Swiss
-from grpo_flex.rewards import BradleyTerry, Consistent, Several
-from reward_server.families.unified import Unified1Pair, Unified2Pair, Unified2Point
+from grpo_flex.rewards import BradleyTerry, Consistent, Pointwise, Several
+from reward_server.families.rank_and_score import RankAndScore
+from reward_server.families.unified import Unified1Pair, Unified1Point, Unified2Pair, Unified2Point
 from tests.configs import judge_of
 
 # Those that train a judge are another kind (reward_server.judge_training).
@@ -265,3 +266,22 @@ def test_nothing_heavy_is_imported_to_check_a_configuration() -> None:
 def test_a_mistyped_size_of_held_out_samples_is_one_complaint(config: RunConfig, wrong: Any) -> None:
     with pytest.raises(ConfigError, match=r"^evaluation\.height is .*; it needs to be a whole number$"):
         replace(config, evaluation=replace(config.evaluation, height=wrong)).validate()
+
+
+@pytest.mark.parametrize(
+    ("family", "reward", "field"),
+    [
+        (Unified1Point(), Pointwise(), "reward.criteria"),
+        (
+            RankAndScore(),
+            Several(names=("a", "b"), rewards=(BradleyTerry(anchors=()), Pointwise())),
+            "reward.rewards.1.criteria",
+        ),
+    ],
+)
+def test_which_of_several_kinds_of_scores_count_has_to_be_said(
+    config: RunConfig, family: Any, reward: Any, field: str
+) -> None:
+    made = replace(config, judge=replace(judge_of(config), family=family), reward=reward)
+    with pytest.raises(ConfigError, match=rf"{field} is empty.*give Pointwise\(criteria=\('final',\)\)"):
+        made.validate()

@@ -94,6 +94,37 @@ def test_weighted_mean_takes_the_weight_of_what_is_missing_away() -> None:
     np.testing.assert_allclose(weighted_mean(parts, {"a": 3.0, "b": 1.0}), [0.75, 0.5, NAN])
 
 
+def scored(sibling: int, **scores: float) -> Verdict:
+    return Verdict(members=(sibling,), status="ok", scores={name: (value,) for name, value in scores.items()})
+
+
+def test_who_lacks_a_score_that_others_have_is_masked_and_not_scored_on_another_scale() -> None:
+    """A picture whose list is missing is not lifted above better ones by the score that is left."""
+    listed = [scored(i, final=f, elements=1.0) for i, f in enumerate((4.0, 4.5, 5.0))]
+    found = Pointwise()(4, [*listed, scored(3, final=2.5)], "p").rewards_G
+    np.testing.assert_allclose(found, [2.5, 2.75, 3.0, NAN])
+    alone = Pointwise(criteria=("final",))(4, [*listed, scored(3, final=2.5)], "p").rewards_G
+    np.testing.assert_allclose(alone, [4.0, 4.5, 5.0, 2.5])
+    several = Several(names=("a", "b"), rewards=(Pointwise(criteria=("final",)), Pointwise(criteria=("elements",))))
+    np.testing.assert_allclose(several(4, [*listed, scored(3, final=2.5)], "p").rewards_G, [2.5, 2.75, 3.0, NAN])
+
+
+def test_a_score_that_all_lack_or_that_weighs_nothing_masks_nobody() -> None:
+    verdicts = [scored(0, a=1.0), scored(1, a=2.0, b=9.0)]
+    np.testing.assert_allclose(Pointwise(criteria=("a", "gone"))(2, verdicts, "p").rewards_G, [1.0, 2.0])
+    np.testing.assert_allclose(
+        Pointwise(criteria=("a", "b"), weights=(1.0, 0.0))(2, verdicts, "p").rewards_G, [1.0, 2.0]
+    )
+
+
+def test_a_score_may_count_against_a_sibling() -> None:
+    verdicts = [scored(0, good=1.0, bad=3.0), scored(1, good=2.0, bad=1.0)]
+    penalty = Pointwise(criteria=("good", "bad"), weights=(3.0, -1.0))
+    np.testing.assert_allclose(penalty(2, verdicts, "p").rewards_G, [0.0, 1.25])
+    assert not [*penalty.problems()]
+    assert [field for field, _ in Pointwise(criteria=("good",), weights=(0.0,)).problems()] == ["weights"]
+
+
 def test_bradley_terry_of_one_pair_by_hand() -> None:
     # s = s_0 = -s_1 maximises log σ(2s) - s² with prior 1: 2(1 - σ(2s)) = 2s.
     strengths, bias = bradley_terry([(0, 1, 0.0)], 2, prior=1.0, position=False)
