@@ -169,6 +169,7 @@ class Whole:
     def _list(self) -> None:
         named = dict(self._model.transformer.named_parameters())
         self._names, self._working = list(named), list(named.values())
+        self._buffers = {name for name, _ in self._model.transformer.named_buffers()}
 
     def train(self, ranks: Ranks, shard: bool) -> list[nn.Parameter]:
         import torch
@@ -237,6 +238,8 @@ class Whole:
         import torch
 
         shapes = {name: p.shape for name, p in zip(self._names, self._working, strict=True)}
+        # Saved weights have buffers beside them, which are computed from the configuration (SD3's positions).
+        tensors = {name: t for name, t in tensors.items() if name not in self._buffers}
         wrong = sorted(shapes.keys() ^ tensors.keys()) or [k for k in shapes if shapes[k] != tensors[k].shape]
         if wrong:
             raise ValueError(

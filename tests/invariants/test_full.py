@@ -20,6 +20,7 @@ from grpo_flex.broadcast import Circle
 from grpo_flex.config import Adapter as LoraAdapter
 from grpo_flex.config import ConfigError, Full, Placement, RunConfig
 from grpo_flex.evaluate import read_weights
+from grpo_flex.generators.sd3 import Sd3
 from grpo_flex.generators.wan import Wan
 from grpo_flex.learner import BoundPolicy, Learner
 from grpo_flex.objectives.grpo import Grpo
@@ -27,10 +28,11 @@ from grpo_flex.objectives.nft import Nft
 from grpo_flex.plan import make_plan
 from grpo_flex.rollout import UNTRAINED, RolloutWorker
 from grpo_flex.types import Adapter, Prompt, Role, RolloutGroup
-from grpo_flex.weights import Parcel
+from grpo_flex.weights import Parcel, Whole
 from tests.configs import tiny_config
 from tests.invariants.test_ranks import both, several, trained
 from tests.tiny import tiny_wan
+from tests.tiny_pictures import tiny_sd3
 
 PROMPT = Prompt(id="p0", text="a red circle on a black background")
 ADVANTAGES = np.array([1.0, -1.0, 0.5, -0.5])
@@ -208,6 +210,25 @@ def test_the_exported_folder_gives_the_same_pictures(full: RunConfig, tmp_path: 
     (before,) = ours.evaluate([PROMPT], UNTRAINED)
     (one,), (two,) = ours.evaluate([PROMPT], learner.evaluation_adapter()), other.evaluate([PROMPT], UNTRAINED)
     assert np.array_equal(one.media, two.media) and not np.array_equal(one.media, before.media)
+
+
+def test_buffers_beside_saved_weights_are_no_weights(tmp_path: Path) -> None:
+    """SD3 saves its positions."""
+    tiny_sd3().save_pretrained(tmp_path / "sd3")
+    model = Sd3(model=str(tmp_path / "sd3"), height=64, width=64, dtype="float32").load("cpu")
+    weights = Full().attach(model, 0)
+    assert isinstance(weights, Whole)
+    published = weights.held()
+    model.save_weights(tmp_path / "run", published)
+    saved = read_weights(tmp_path / "run")
+    assert saved.keys() > published.keys()
+    with torch.no_grad():
+        for p in model.transformer.parameters():
+            p.zero_()
+    weights.write(saved)
+    assert same(weights.held(), {name: saved[name] for name in published})
+    with pytest.raises(ValueError, match="do not fit the model"):
+        weights.write({name: t for name, t in saved.items() if name != next(iter(published))})
 
 
 @pytest.fixture(scope="module")
