@@ -216,10 +216,9 @@ def compare(members: tuple[int, int], one: Score, two: Score, toss: int) -> Verd
 def heldout_scores(worker: RolloutWorker, learner: Learner, heldout: Sequence[Prompt]) -> dict[str, float]:
     """Means over the held-out samples, with the adapter that a run would evaluate."""
     from grpo_flex.metrics import mean_scores
-    from grpo_flex.rollout import HELDOUT_BATCH
 
-    adapter = learner.evaluation_adapter()
-    chunks = [heldout[i : i + HELDOUT_BATCH] for i in range(0, len(heldout), HELDOUT_BATCH)]
+    adapter, size = learner.evaluation_adapter(), worker.heldout_together
+    chunks = [heldout[i : i + size] for i in range(0, len(heldout), size)]
     return mean_scores([sample for chunk in chunks for sample in worker.evaluate(chunk, adapter)])
 
 

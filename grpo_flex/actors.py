@@ -65,9 +65,9 @@ class RolloutActor:
         return len(prompts), None
 
     @_two
-    def together(self) -> tuple[int, int]:
-        """How many prompts one call of ``generate`` is to have, twice."""
-        return self.worker.together, self.worker.together
+    def together(self) -> tuple[float, tuple[int, int]]:
+        """How many prompts one call of ``generate``, and one of ``evaluate``, is to have."""
+        return 0.0, (self.worker.together, self.worker.heldout_together)
 
     def generate(self, step: int, prompts: Sequence[Prompt], adapter: Adapter) -> tuple[float | RolloutGroup, ...]:
         """(seconds that it took, a group for each prompt).
@@ -210,8 +210,8 @@ class ColocatedActor(LearnerActor):
         return len(prompts), None
 
     @_two
-    def together(self) -> tuple[int, int]:
-        return self.worker.together, self.worker.together
+    def together(self) -> tuple[float, tuple[int, int]]:
+        return 0.0, (self.worker.together, self.worker.heldout_together)
 
     def generate(self, step: int, prompts: Sequence[Prompt], adapter: Adapter) -> tuple[float | RolloutGroup, ...]:
         with self._holding(adapter):

@@ -25,7 +25,6 @@ from grpo_flex.endpoints import EndpointState
 from grpo_flex.fleet import Fleet, Job, Published
 from grpo_flex.learner_group import LearnerGroup
 from grpo_flex.placement import Reservation, asks, learner_names, node_name, worker_names
-from grpo_flex.rollout import HELDOUT_BATCH
 from grpo_flex.scorers import label
 from grpo_flex.types import Adapter, Prompt, Role, RolloutGroup, Sample, UpdateBatch, UpdateResult, Verdict
 
@@ -94,6 +93,8 @@ class Cluster:
         self._next_join = 0.0
         self.together = 1
         """Prompts that a worker samples in one call."""
+        self._heldout_together = 1
+        """The same of held-out prompts."""
 
     def __enter__(self) -> Cluster:
         return self
@@ -118,13 +119,9 @@ class Cluster:
         with _plain_errors():
             self._learners.meet()
             self._fleet.wait_until_ready()
-            if self.config.sampling.batch_tokens:
-                self.together = self._prompts_together()
+            asked = self._fleet.submit("together")
+            self.together, self._heldout_together = cast("tuple[int, int]", self._fleet.fetch(asked))
             ray.get(self._loading)
-
-    def _prompts_together(self) -> int:
-        asked = self._fleet.submit("together")
-        return cast("int", self._fleet.fetch(asked))
 
     def prepare(self, prompts: Sequence[Prompt]) -> None:
         """Check all prompts of the run, and encode them where encodings are kept; the workers share it out.
@@ -224,7 +221,8 @@ class Cluster:
         self, prompts: Sequence[Prompt], adapter: AdapterRef, look: Callable[[], None] = lambda: None
     ) -> Iterator[Sample]:
         """Held-out samples in the order of the prompts; ``look`` is called at least twice a second until they are there."""
-        chunks = [list(prompts[i : i + HELDOUT_BATCH]) for i in range(0, len(prompts), HELDOUT_BATCH)]
+        size = self._heldout_together
+        chunks = [list(prompts[i : i + size]) for i in range(0, len(prompts), size)]
         jobs = [self._submit("evaluate", adapter, chunk) for chunk in chunks]
         self._fleet.wait(jobs, look)
         for job in jobs:

@@ -147,9 +147,8 @@ def _read_file(path: Path) -> tuple[dict[str, Any], float | None]:
 
 
 def _samples(worker: RolloutWorker, prompts: Sequence[Prompt], adapter: Adapter) -> list[Sample]:
-    from grpo_flex.rollout import HELDOUT_BATCH
-
-    chunks = [prompts[i : i + HELDOUT_BATCH] for i in range(0, len(prompts), HELDOUT_BATCH)]
+    size = worker.heldout_together
+    chunks = [prompts[i : i + size] for i in range(0, len(prompts), size)]
     return [sample for chunk in chunks for sample in worker.evaluate(chunk, adapter)]
 
 

@@ -283,7 +283,7 @@ def _worker(config: RunConfig) -> tuple[Process, int, int, int]:
     import torch
 
     from grpo_flex.generators.blank import stand_in
-    from grpo_flex.rollout import HELDOUT_BATCH, RolloutWorker
+    from grpo_flex.rollout import RolloutWorker
     from grpo_flex.tracing import LiveBytes
 
     threads, live, size = torch.get_num_threads(), LiveBytes(), config.sampling.group_size
@@ -297,9 +297,8 @@ def _worker(config: RunConfig) -> tuple[Process, int, int, int]:
     if isinstance(config.adapter, Full):
         adapter = 0  # nothing of the kind; what is left are buffers
     group = _samples(config, model, told, live, size)
-    heldout = _samples(
-        config, heldout_model, stand_in(heldout_model), live, HELDOUT_BATCH * config.evaluation.samples_per_prompt
-    )
+    shown = worker.heldout_together * config.evaluation.samples_per_prompt
+    heldout = _samples(config, heldout_model, stand_in(heldout_model), live, shown)
     kept = _trajectories(config, model.latent_shape, size)
     tensors = [t for t in (kept.latents_GKNC, kept.next_latents_GKNC, kept.means_GKNC, kept.final_GNC) if t is not None]
     path = sum(t.nbytes for t in tensors)

@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 UNTRAINED = Adapter(version=-1, tensors={}, role="base")
 """What a worker holds that was never given anything: the base model."""
 HELDOUT_BATCH = 16
-"""Held-out prompts in one batch. A constant: pictures must not depend on the number of workers."""
+"""Held-out prompts in one batch at the most. A constant, like the next: pictures must not depend on the number of workers."""
+HELDOUT_TOKENS = 65_536
+"""Of latents in one batch, so that long clips are dealt out in smaller ones: a worker that gives no result for
+``placement.rollout_timeout_s`` is taken to hang."""
 
 
 class RolloutWorker:
@@ -58,6 +61,12 @@ class RolloutWorker:
         sampling, tokens = self.config.sampling, self.model.latent_shape[0]
         branches = 2 if getattr(self.config.generator, "batched_guidance", False) else 1
         return max(1, sampling.batch_tokens // (tokens * sampling.group_size * branches))
+
+    @property
+    def heldout_together(self) -> int:
+        """How many held-out prompts go into one batch; at least one."""
+        tokens = self.heldout_model.latent_shape[0] * self.config.evaluation.samples_per_prompt
+        return max(1, min(HELDOUT_BATCH, HELDOUT_TOKENS // tokens))
 
     def generate(self, step_index: int, prompt: Prompt, adapter: Adapter) -> RolloutGroup:
         """Sample the G siblings of one prompt with the given adapter."""

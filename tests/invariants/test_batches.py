@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,3 +55,11 @@ def test_the_budget_says_how_many(config: RunConfig) -> None:
     for budget, prompts in ((0, 1), (15, 1), (31, 1), (32, 2), (50, 3)):
         worker.config = override(config, [f"sampling.batch_tokens={budget}"])
         assert worker.together == prompts
+
+
+@pytest.mark.parametrize(("tokens", "copies", "prompts"), [(64, 1, 16), (4096, 2, 8), (14_040, 1, 4), (100_000, 1, 1)])
+def test_long_clips_are_evaluated_in_smaller_batches(config: RunConfig, tokens: int, copies: int, prompts: int) -> None:
+    worker: Any = object.__new__(RolloutWorker)
+    worker.config = replace(config, evaluation=replace(config.evaluation, samples_per_prompt=copies))
+    worker.model = SimpleNamespace(latent_shape=(tokens, 16))
+    assert worker.heldout_together == prompts
