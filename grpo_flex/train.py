@@ -117,6 +117,7 @@ class Trainer:
         """Train until ``config.steps`` are completed.
 
         Raises:
+            ConfigError: the figure that stops it early is none that the scorer gives.
             Interrupted, JudgeAway, Starved: after which ``save`` keeps every completed step.
             KeyboardInterrupt: it was to stop before there was anything to keep.
         """
@@ -129,8 +130,11 @@ class Trainer:
             self._check_watched(numbers)
             self.log.log(0, numbers)
             self.console.step(0, numbers)
-        else:
-            self._check_watched(keys_of(read_metrics(self.log.run_dir), "heldout/"))
+        elif not self._watches(
+            keys_of(read_metrics(self.log.run_dir), "heldout/")
+        ):  # a resume may bring another scorer
+            samples = self.cluster.evaluate(self.heldout, self.cluster.publish_evaluation(), self._look_around)
+            self._check_watched({f"heldout/{name}" for name in mean_scores(list(samples))})
         while self._numbers is not None or self.step < self.config.steps:
             began, self._seconds = time.perf_counter(), {}
             if self._numbers is None:  # else the run was stopped while it evaluated this step
@@ -235,7 +239,7 @@ class Trainer:
                 about = zip(flight.prompts, scores, strict=True)
                 ray.get([self.cluster.record(flight.step, prompt, score) for prompt, score in about])
         self._example = (groups[usable[0]], rewarded[0], said[0])
-        numbers["perf/early_groups"] = float(len(flight.begun))
+        numbers["perf/early_groups"] = float(self._begun_early(len(flight.begun), len(groups)))
         numbers |= reward_metrics(rewarded) | judge_metrics(verdicts) | scorer_metrics(scores)
         return numbers | self._judge_watch.figures(len(unusable)) | ray.get(report) | dict(result.metrics)
 
@@ -270,12 +274,20 @@ class Trainer:
         ]  # who wins, not who scores more
         return versus_base([self.config.reward(2, v, s.prompt.id) for v, s in zip(said, now, strict=True)])
 
+    def _watches(self, scores: Collection[str]) -> bool:
+        """Whether the figure that stops a run early, if any does, is among these."""
+        return not self.config.evaluation.stop_after or self.config.evaluation.stop_on in (
+            "",
+            "heldout/win_rate",
+            *scores,
+        )
+
     def _check_watched(self, scores: Collection[str]) -> None:
         """Raise ConfigError, before the first step, when the figure that stops a run early is none that the scorer gives."""
-        watched = self.config.evaluation.stop_on if self.config.evaluation.stop_after else ""
-        if watched not in ("", "heldout/win_rate", *scores):
+        if not self._watches(scores):
             raise ConfigError(
-                f"evaluation.stop_on is {watched!r}, which evaluation.scorer does not give: it gives {', '.join(sorted(scores))}"
+                f"evaluation.stop_on is {self.config.evaluation.stop_on!r}, which evaluation.scorer does not give: it gives "
+                f"{', '.join(sorted(scores))}"
             )
 
     def regress(self, numbers: Mapping[str, float]) -> Regress | None:
@@ -387,6 +399,11 @@ class Trainer:
         if len(flight.begun) > before:
             batch = UpdateBatch(groups=tuple(flight.groups[: len(flight.begun)]), advantages=tuple(flight.begun))
             self.cluster.begin(batch, len(flight.jobs), self.step)
+
+    def _begun_early(self, given: int, groups: int) -> int:
+        """How many of the groups that the learners were given early they could begin with (``Learner.begin``)."""
+        first = len(range(0, given, min(self.config.optimizer.updates_per_rollout, groups)))
+        return first - first % self.config.placement.learners
 
     def _said(self, flight: Flight, i: int) -> list[Verdict] | None:
         """What judge and scorers said of a group; None while that is not all, or too little to use."""

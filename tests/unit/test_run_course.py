@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +42,12 @@ class Light:
 
     def __call__(self, media: np.ndarray, prompt: Prompt) -> Mapping[str, float]:
         return {"mood": float(media.mean())}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shade:
+    def __call__(self, media: np.ndarray, prompt: Prompt) -> Mapping[str, float]:
+        return {"shade": 255 - float(media.mean())}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,3 +195,16 @@ def test_a_figure_that_nobody_gives_is_refused_before_a_resumed_run_takes_a_step
     words = ["steps=9", "evaluation.stop_after=2", "evaluation.stop_on=heldout/nonsense"]
     assert main(["train", "--resume", str(run_dir), *words]) == 2
     assert [row["step"] for row in read_metrics(run_dir)] == [0, 1, 2]
+
+
+def test_a_resume_may_bring_the_scorer_of_the_figure_to_stop_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run.train(scored(tmp_path, steps=2, scorers=(Light(),))) == 0
+    run_dir = tmp_path / "runs" / "tiny"
+    config = json.loads((run_dir / "config.json").read_text())
+    config["evaluation"]["scorer"] = {"type": f"{Shade.__module__}:Shade"}
+    (run_dir / "config.json").write_text(json.dumps(config))
+    words = ["steps=3", "evaluation.stop_after=2", "evaluation.stop_on=heldout/shade"]
+    assert main(["train", "--resume", str(run_dir), *words]) == 0
+    assert "heldout/shade" in read_metrics(run_dir)[-1]

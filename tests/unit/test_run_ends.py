@@ -180,3 +180,17 @@ def test_an_adapter_that_cannot_be_exported_is_an_error_after_a_checkpoint(tmp_p
     with pytest.raises(ValueError, match=r"No space(.|\n)*--resume"):
         end(stand)
     assert stand.done == ["checkpoint"]
+
+
+@pytest.mark.parametrize(
+    ("updates", "learners", "given", "groups", "begun"),
+    [(1, 1, 31, 32, 31), (3, 1, 31, 32, 11), (3, 2, 31, 32, 10), (4, 1, 0, 8, 0), (4, 2, 5, 8, 2), (8, 1, 2, 2, 1)],
+)
+def test_only_groups_that_the_learners_could_begin_with_count_as_begun(
+    updates: int, learners: int, given: int, groups: int, begun: int
+) -> None:
+    trainer: Any = object.__new__(Trainer)
+    trainer.config = SimpleNamespace(
+        optimizer=SimpleNamespace(updates_per_rollout=updates), placement=SimpleNamespace(learners=learners)
+    )
+    assert trainer._begun_early(given, groups) == begun
