@@ -49,6 +49,8 @@ VARIANTS: dict[str, Variant] = {
 Pointwise asks the same judge about single pictures, so the rating differs too (see the experiment). The two oracles answer
 the questions that the tiny judge is asked; one in five of the noisy one's verdicts is a coin toss."""
 SCORE = "heldout/oracle"
+BESIDE = ("composition", "exact")
+"""Other held-out figures that the table shows, at the end and in the mean."""
 RESULTS = Path("benchmarks/results/judges")
 
 
@@ -129,19 +131,30 @@ def curves(out: Path) -> dict[str, list[list[tuple[int, float]]]]:
     return {variant: found[variant] for variant in VARIANTS if variant in found}
 
 
-def table(found: Mapping[str, Sequence[Sequence[tuple[int, float]]]]) -> str:
-    """Markdown: the held-out score of every seed, before and after, and the mean gain; best first."""
+def at_the_end(out: Path) -> dict[str, dict[str, float]]:
+    """The other figures after the last step, in the mean over the seeds, by variant."""
+    ends: dict[str, list[Mapping[str, float]]] = {}
+    for result in kept.read(out):
+        ends.setdefault(result["variant"], []).append(result["curve"][-1])
+    return {
+        variant: {name: float(np.mean([end.get(f"heldout/{name}", np.nan) for end in some])) for name in BESIDE}
+        for variant, some in ends.items()
+    }
+
+
+def table(found: Mapping[str, Sequence[Sequence[tuple[int, float]]]], beside: Mapping[str, Mapping[str, float]]) -> str:
+    """Markdown: the held-out score of every seed, before and after, the mean gain and what else is shown; best first."""
     rows = []
     for variant, runs in found.items():
         ends = ", ".join(f"{run[0][1]:.3f} → {run[-1][1]:.3f}" for run in runs)
         gains = [run[-1][1] - run[0][1] for run in runs]
         steps = sorted({run[-1][0] for run in runs})
         last = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]}–{steps[-1]}"
-        rows.append(
-            (float(np.mean(gains)), f"| {variant} | {last} | {ends} | {np.mean(gains):+.3f} | {min(gains):+.3f} |")
-        )
-    head = "| judge | steps | held-out oracle, each seed | mean gain | least |"
-    return "\n".join([head, "|---" * 5 + "|", *(row for _, row in sorted(rows, reverse=True))])
+        others = " | ".join(f"{beside[variant][name]:.3f}" for name in BESIDE)
+        row = f"| {variant} | {last} | {ends} | {np.mean(gains):+.3f} | {min(gains):+.3f} | {others} |"
+        rows.append((float(np.mean(gains)), row))
+    head = f"| judge | steps | held-out oracle, each seed | mean gain | least | {' | '.join(BESIDE)} |"
+    return "\n".join([head, "|---" * (5 + len(BESIDE)) + "|", *(row for _, row in sorted(rows, reverse=True))])
 
 
 # ---------------------------------------------------------------- command line
@@ -166,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = curves(options.out)
     if not found:
         raise SystemExit(f"{options.out} holds nothing of this comparison yet")
-    print(table(found))
+    print(table(found, at_the_end(options.out)))
     plot({"the same run under different judges": found}, options.out / "judges.png", "training step")
     print(f"plot: {options.out / 'judges.png'}")
 

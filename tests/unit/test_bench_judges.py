@@ -80,10 +80,15 @@ def test_the_oracle_answers_what_the_tiny_judge_is_asked(tmp_path: Path) -> None
     assert (reply.status, reply.winner) == ("ok", 0.0)
 
 
+def seed_of(name: str) -> int:
+    return int(name.rsplit("-s", 1)[1])
+
+
 def kept_run(out: Path, name: str, scores: dict[int, float]) -> None:
     """The file of a measurement: variant-sSEED.json."""
     variant, seed = name.rsplit("-s", 1)
-    curve = [{"step": step, bench.SCORE: score} for step, score in scores.items()]
+    others = {"heldout/composition": 0.9, "heldout/exact": seed_of(name) / 10}
+    curve = [{"step": step, bench.SCORE: score} | others for step, score in scores.items()]
     out.mkdir(exist_ok=True)
     bench.kept.write(out / f"{name}.json", {"variant": variant, "seed": int(seed), "recipe": "a", "curve": curve})
 
@@ -105,8 +110,8 @@ def test_the_table_says_what_was_measured(tmp_path: Path, capsys: pytest.Capture
     bench.main(["--out", str(tmp_path), "--table"])
     _, _, *rows = capsys.readouterr().out.splitlines()
     assert rows[:-1] == [
-        "| oracle | 20 | 0.500 → 0.750 | +0.250 | +0.250 |",
-        "| flex | 10 | 0.500 → 0.600, 0.500 → 0.700 | +0.150 | +0.100 |",
+        "| oracle | 20 | 0.500 → 0.750 | +0.250 | +0.250 | 0.900 | 0.000 |",
+        "| flex | 10 | 0.500 → 0.600, 0.500 → 0.700 | +0.150 | +0.100 | 0.900 | 0.050 |",
     ]
     assert (tmp_path / "judges.png").stat().st_size > 1000
 
