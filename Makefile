@@ -3,9 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 # The judge's environment is its own: vLLM pins torch and transformers, the trainer wants newer ones.
-JUDGE ?= $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
+GPU := $(shell command -v nvidia-smi 2>/dev/null)
+JUDGE ?= $(if $(GPU),gpu,cpu)
 JUDGE_VENV := .venv-judge
 JUDGE_PY := $(JUDGE_VENV)/bin/python
+# vLLM for CPUs wants torch's CPU build, which is not on PyPI, and the trainer does without gigabytes of CUDA then. Whoever has
+# told pip of more places than its index (a mirror, a folder of wheels) has it there.
+TORCH_CPU ?= https://download.pytorch.org/whl/cpu
+cpu_builds = $$($(1) -m pip config list | grep -qE 'find-links|extra-index-url' || echo --extra-index-url $(TORCH_CPU))
 PRESET ?= $(if $(MODEL),,flex-qwen3vl-8b)
 # Pictures, numbers and tests never depend on the outside: no telemetry, no hub look-ups unless asked for.
 export RAY_USAGE_STATS_ENABLED := 0
@@ -25,7 +30,7 @@ setup: $(VENV)/.done  ## make the trainer's environment, .venv
 $(VENV)/.done: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; give another: make setup PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --no-compile --editable '.[dev]'
+	$(PY) -m pip install --quiet --no-compile --editable '.[dev]' $(if $(GPU),,$(call cpu_builds,$(PY)))
 	@# Compiling all that is installed takes longer than installing it; this compiles what every run imports.
 	@$(PY) -c 'import datasets, peft, ray, wandb; from diffusers import FluxPipeline, WanPipeline' 2>/dev/null || :
 	@touch $@
@@ -49,7 +54,7 @@ $(JUDGE_VENV)/.done-$(JUDGE): reward_server/environment/$(JUDGE).txt reward_serv
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; give another: make setup-judge PYTHON=python3.11"; exit 1; }
 	rm -rf $(JUDGE_VENV)
 	$(PYTHON) -m venv $(JUDGE_VENV)
-	$(JUDGE_PY) -m pip install --quiet --no-compile --requirement $<
+	$(JUDGE_PY) -m pip install --quiet --no-compile --requirement $< $(if $(filter cpu,$(JUDGE)),$(call cpu_builds,$(JUDGE_PY)))
 ifeq ($(JUDGE),cpu)
 	# CUDA builds that a judge does without and that cannot be imported beside a CPU torch …
 	$(JUDGE_PY) -m pip uninstall --quiet --yes torchaudio torchcodec

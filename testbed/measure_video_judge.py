@@ -76,7 +76,7 @@ pipeline_tag: image-text-to-text
 # Tiny judge of moving shapes
 
 A complete Qwen3-VL with tiny weights that compares two clips of flat shapes for a prompt, by {frames} frames of 48 x 48
-of each, and replies in the UnifiedReward-Flex format. It is the tiny judge of shapes, trained on. It exists so that
+of each, and replies in the UnifiedReward-Flex format. It is the tiny judge of shapes after further training on clips. It exists so that
 reinforcement learning against a judge can be developed and tested on a CPU. It knows the testbed's world and nothing else.
 
 vLLM serves the folder like any Qwen3-VL (give it `--dtype float32` or `bfloat16`). Ask it with the Flex family and
