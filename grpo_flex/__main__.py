@@ -45,6 +45,8 @@ def _train(arguments: argparse.Namespace) -> int:
     from grpo_flex.run_dir import newest, resumed
 
     words = [w for w in arguments.experiment_and_overrides if w]
+    if arguments.resume == "":
+        raise ConfigError("--resume names no run; give one like runs/shapes_image, or leave --resume out to begin anew")
     where = arguments.resume or ""
     if arguments.resume_if_there:
         config = _experiment(words, _model(arguments))
@@ -233,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
     verdicts.add_argument("--step", type=int, help="only this training step")
     verdicts.add_argument("--prompt", metavar="ID", help="only this prompt")
     verdicts.add_argument("--show", choices=("all", "disagreements", "unparsed", "masked"), default="all")
-    verdicts.add_argument("--limit", type=int, default=20, help="rows at the most")
+    verdicts.add_argument("--limit", type=_count, default=20, help="rows at the most")
     verdicts.add_argument("--full", action="store_true", help="whole rationales")
     verdicts.set_defaults(run=_verdicts)
 
@@ -245,6 +247,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("run_dir", metavar="RUN")
         command.set_defaults(run=function)
     return parser
+
+
+def _count(text: str) -> int:
+    """For argparse, which makes a message of the ValueError."""
+    if (number := int(text)) < 0:
+        raise ValueError
+    return number
 
 
 if __name__ == "__main__":

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_flex import pictures
-from grpo_flex.metrics import Row, check_run, curve, headline_key, keys_of, read_metrics, step_seconds
+from grpo_flex.metrics import Row, check_run, curve, headline_key, keys_of, read_metrics, read_settings, step_seconds
 from grpo_flex.report import flatten
 from grpo_flex.terminal import duration
 from grpo_flex.types import Sample
@@ -68,13 +67,11 @@ def _load_all(run_dirs: Sequence[str | Path]) -> list[_Run]:
 
 
 def _load(path: Path, label: str) -> _Run:
-    config_file = path / "config.json"
-    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
     samples = path / "samples"
     return _Run(
         label=label,
         rows=read_metrics(path),
-        config=dict(flatten(config)),
+        config=dict(flatten(read_settings(path))),
         before=pictures.load_set(samples, "before"),
         after=pictures.load_set(samples, "after"),
     )

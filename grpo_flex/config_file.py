@@ -30,7 +30,8 @@ def load_experiment(path: str | Path) -> RunConfig:
     if not path.is_file():
         raise ConfigError(f"no experiment file '{path}'; {_nearest_file(path)}")
     spec = importlib.util.spec_from_file_location(_EXPERIMENT + path.stem, path)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"'{path}' is no experiment: an experiment is a Python file, its name ends in .py")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -90,16 +91,19 @@ def _address(named: Any) -> str:
     return f"{module}:{name}"
 
 
-def from_json(text: str) -> Any:
+def from_json(text: str) -> RunConfig:
     """The inverse of ``to_json``.
 
     Raises:
-        ConfigError: not JSON, a class that no longer exists, or fields that it no longer has.
+        ConfigError: not JSON, no run's configuration, a class that no longer exists, or fields that it no longer has.
     """
     try:
-        return _revive(json.loads(text))
+        made = _revive(json.loads(text))
     except (json.JSONDecodeError, ImportError, AttributeError, TypeError) as error:
         raise ConfigError(f"config.json does not fit this version of the code: {error}") from error
+    if not isinstance(made, RunConfig):
+        raise ConfigError("config.json is not that of a run: it holds something else")
+    return made
 
 
 def _revive(value: Any) -> Any:

@@ -94,6 +94,24 @@ def check_run(run_dir: str | Path) -> Path:
     return run_dir
 
 
+def read_settings(run_dir: Path) -> dict[str, Any]:
+    """The run's config.json as it stands there, whatever classes it names; {} without one.
+
+    Raises:
+        ValueError: it holds something else than an object.
+    """
+    path = run_dir / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"'{path}' is no configuration of a run: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"'{path}' is no configuration of a run: it holds no object")
+    return settings
+
+
 def curve(rows: Iterable[Row], key: str) -> tuple[list[int], list[float]]:
     """Steps and values of one metric, without the steps that lack it."""
     points = [(int(row["step"] or 0), value) for row in rows if (value := row.get(key)) is not None]

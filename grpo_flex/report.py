@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_flex import pictures
-from grpo_flex.metrics import Row, check_run, curve, headline_key, keys_of, phase_seconds, read_metrics, step_seconds
+from grpo_flex.metrics import (
+    Row,
+    check_run,
+    curve,
+    headline_key,
+    keys_of,
+    phase_seconds,
+    read_metrics,
+    read_settings,
+    step_seconds,
+)
 from grpo_flex.terminal import duration
 from grpo_flex.types import Sample
 
@@ -42,8 +52,7 @@ def write_report(run_dir: str | Path) -> Path:
     """
     run_dir = check_run(run_dir)
     rows = read_metrics(run_dir)
-    config_file = run_dir / "config.json"
-    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    config = read_settings(run_dir)
     body = [
         _headline(run_dir.name, config, rows),
         _samples(run_dir / "samples"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 from collections.abc import Mapping, Sequence
@@ -407,6 +408,11 @@ def _check_judge(judge: Judge, endpoints: tuple[str, ...]) -> tuple[str, ...]:
 
 def _auth(judge: Judge) -> dict[str, str]:
     key = os.environ.get(judge.api_key_env, "")
+    if not re.fullmatch("[!-~]*", key):  # the client's own complaint would show it
+        raise ConfigError(
+            f"the environment variable {judge.api_key_env} (judge.api_key_env) holds a space, the end of a line or another "
+            "character that no API key has"
+        )
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 

@@ -107,7 +107,7 @@ def _complaint(found: Any) -> tuple[str, str]:
         return "no mapping of numbers", repr(found)[:500]
     try:
         finite = all(math.isfinite(value) for value in found.values())
-    except TypeError:
+    except Exception:  # whatever the user's numbers are, such as a tensor of several
         return "no mapping of numbers", repr(found)[:500]
     return ("", "") if finite else ("not finite", repr(found)[:500])
 

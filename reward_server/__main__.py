@@ -30,6 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:  # every message to the user is a ValueError
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a missing permission, a folder where a file was meant
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

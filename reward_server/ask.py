@@ -6,7 +6,6 @@ import base64
 import http.client
 import io
 import json
-import os
 import re
 import time
 import urllib.error
@@ -242,9 +241,9 @@ def data_url(image: Image.Image) -> str:
 
 def served_model(endpoint: str) -> str:
     """The first model that the server lists. Raises ValueError where nobody answers."""
-    url = _base(endpoint) + "/models"
+    url, key = _base(endpoint) + "/models", _key()
     try:
-        listed = json.loads(machine.get(url, _key()))
+        listed = json.loads(machine.get(url, key))
         return str(listed["data"][0]["id"])
     except urllib.error.HTTPError as error:
         raise ValueError(_refused(endpoint, error)) from error
@@ -336,7 +335,7 @@ def _is_address(url: str) -> bool:
 
 
 def _key() -> str:
-    return os.environ.get(KEY_NAME, "")
+    return machine.api_key(KEY_NAME)
 
 
 def _unreachable(endpoint: str, error: OSError) -> str:

@@ -41,8 +41,10 @@ def read_lines(
     """
     if not Path(path).is_file():
         raise ValueError(f"there is no file {str(path)!r}")
+    text = Path(path).read_text(encoding="utf-8").removesuffix("\n")
     made = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines(), which also ends a line at U+2028 and its like, and these stand in people's prompts.
+    for number, line in enumerate(text.split("\n") if text else (), 1):
         try:
             row = _row(line, wanted, Path(path).parent)
             _check_shown(row["media"], row.get("question") or "", questions or {})

@@ -190,7 +190,8 @@ def load(path: str | Path, assignments: Sequence[str] = ()) -> JudgeTraining:
     if not Path(path).is_file():
         raise ValueError(f"no experiment file {str(path)!r}: give a Python file with def config() -> JudgeTraining")
     spec = importlib.util.spec_from_file_location(f"_judge_experiment_{Path(path).stem}", path)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{str(path)!r} is no experiment: an experiment is a Python file, its name ends in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where a dataclass of the file looks up its annotations
     try:

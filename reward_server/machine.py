@@ -117,6 +117,21 @@ def is_wildcard(host: str) -> bool:
     return host in ("0.0.0.0", "::")
 
 
+def api_key(name: str) -> str:
+    """The key that an environment variable holds; "" where there is none.
+
+    Raises:
+        ValueError: it is none that a header could carry, such as one with the end of a line. The message is without it.
+    """
+    key = os.environ.get(name, "")
+    if not re.fullmatch("[!-~]*", key):
+        raise ValueError(
+            f"the environment variable {name} holds a space, the end of a line or another character that no API key has; "
+            "does it come from a file with Windows' line ends?"
+        )
+    return key
+
+
 def check_key(host: str, key: str, name: str) -> None:
     """Raises ValueError for a host that others can reach when there is no key."""
     if not key and not is_loopback(host):

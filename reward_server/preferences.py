@@ -208,10 +208,12 @@ def our_layout(row: Mapping[str, Any], place: Place) -> Preference:
     told = row.get("medium")
     if told not in ("image", "video", None, ""):
         raise ValueError(f"medium is {told!r}; it needs to be image or video")
+    if not isinstance(row["prompt"], str):
+        raise ValueError(f"prompt is {row['prompt']!r}; it needs to be a text")
     seen = "video" if len(one) > 1 or any(map(is_video, one)) else "image"
     return Preference(
-        id=str(row.get("id", "")),
-        prompt=str(row["prompt"]),
+        id="" if row.get("id") is None else str(row["id"]),
+        prompt=row["prompt"],
         candidates=(one, two),
         label=None if label in ("tie", None) else cast(Label, int(label)),
         tie=label == "tie",

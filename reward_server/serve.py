@@ -131,7 +131,7 @@ class VllmJudge:
 
     @property
     def key(self) -> str:
-        return os.environ.get(self.api_key_env, "")
+        return machine.api_key(self.api_key_env)
 
     def on_gpu(self) -> bool:
         """Whether replicas on this machine go on its GPUs."""

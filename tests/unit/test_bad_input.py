@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from grpo_flex import run
 from grpo_flex.config import ConfigError, RunConfig
 from grpo_flex.dynamics import AllButLast, Cps, Dance, FastWindow, FlowSde, Multistep, Ode, SlidingWindow
 from grpo_flex.generators.flux import FluxKontext
@@ -192,3 +193,11 @@ def test_a_judge_that_is_made_for_it_is_taken(config: RunConfig, generator: Any,
 def shown(config: RunConfig, generator: Any, family: Any) -> RunConfig:
     judge, reward = replace(judge_of(config), family=family), config.reward if family.candidates == 2 else Pointwise()
     return replace(config, generator=generator or config.generator, judge=judge, reward=reward)
+
+
+@pytest.mark.parametrize("key", ["s3cret\r\n", "two words"])
+def test_a_key_that_no_header_takes_is_not_told(config: RunConfig, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("GRPO_FLEX_JUDGE_KEY", key)
+    with pytest.raises(ConfigError, match=r"GRPO_FLEX_JUDGE_KEY .* the end of a line") as caught:
+        run._auth(judge_of(config))
+    assert key.strip() not in str(caught.value)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from grpo_flex.config import Judge
+from grpo_flex.config import Judge, RunConfig
 from grpo_flex.config_file import from_json, to_json
 from grpo_flex.judge_server import gpus_of
 from grpo_flex.pairing import RoundRobin
@@ -399,10 +399,10 @@ def test_serve_ends_when_its_last_replica_has(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- as part of a configuration
 
 
-def test_a_configuration_with_it_can_be_written_and_read() -> None:
+def test_a_configuration_with_it_can_be_written_and_read(config: RunConfig) -> None:
     server: Any = VllmJudge(preset="think", gpus=("0", "1"), extra=("--seed", "1"))
-    judge = Judge(family=Flex(), server=server, pairs=RoundRobin())
-    assert from_json(to_json(judge)) == judge
+    made = replace(config, judge=Judge(family=Flex(), server=server, pairs=RoundRobin()))
+    assert from_json(to_json(made)) == made
 
 
 def test_the_log_shows_errors_that_stand_further_up(tmp_path: Path) -> None:

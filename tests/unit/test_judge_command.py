@@ -275,3 +275,33 @@ def test_every_family_can_be_shown() -> None:
         assert [row.name for row in rows(answer, family())][-1] == "overall"
     point = Answer(reply=reply, text='{"reasoning": "because"}', tokens=1, seconds=0.1)
     assert list(rows(point, EditPoint()))[-1].notes == ("because",)
+
+
+@pytest.mark.parametrize("key", ["s3cret\r", "s3cret\n", "two words", "schlüssel"])
+def test_a_key_that_no_header_takes_is_refused_without_being_told(
+    files: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    monkeypatch.setenv("GRPO_FLEX_JUDGE_KEY", key)
+    for words in (["judge", files["wrong.png"], files["right.png"], "--prompt", "p"], ["serve", "--model", "."]):
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert "GRPO_FLEX_JUDGE_KEY holds a space, the end of a line" in said and key.strip() not in said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["sft", "README.md"], "'README.md' is no experiment"),
+        (["sft", "LICENSE"], "'LICENSE' is no experiment"),
+        (["distill", "{file}", "--model", "m", "--out", "{folder}"], "Is a directory"),
+        (["distill", "{file}", "--model", "m", "--out", "/proc/nope/x.jsonl"], "/proc/nope"),
+        (["benchmark", "{file}", "--model", "m", "--out", "{file}"], "exists"),
+    ],
+)
+def test_ordinary_mistakes_end_with_a_message(
+    words: list[str], said: str, files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"prompt": "p", "candidates": [files["wrong.png"], files["right.png"]], "label": 0}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
+    assert main([word.format(file=tmp_path / "p.jsonl", folder=tmp_path) for word in words]) == 2
+    assert said in (printed := capsys.readouterr().err) and printed.startswith("error: ")

@@ -28,6 +28,7 @@ from reward_server.families.base import read_wording
 from reward_server.families.flex import Flex
 from reward_server.families.unified import Unified2Point
 from reward_server.judge_training import Dpo, JudgeTraining, Lora, Sft
+from reward_server.ledger import Ledger
 from reward_server.pairs import FILE
 from testbed import judge_model, judge_trace, refine_judge
 from testbed.judge_data import Pair
@@ -423,6 +424,15 @@ def test_what_cannot_be_is_said_at_once(
     given = [stage, "experiments/judge_flex_qwen3vl_2b.py", f"output={tmp_path}", *assignments]
     assert main(given) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_trace_may_hold_what_other_readers_take_for_the_end_of_a_line(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    prompt = "a red bus\u2028at night\x85"
+    with Ledger(tmp_path / "traces.jsonl") as file:
+        file.add({"id": "1", "prompt": prompt, "reply": "b", "media": [["a.png"], ["a.png"]]})
+    (row,) = examples.read_lines(tmp_path / "traces.jsonl", ("prompt", "reply"))
+    assert row["prompt"] == prompt
 
 
 @pytest.mark.parametrize(

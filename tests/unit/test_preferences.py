@@ -62,6 +62,7 @@ GOOD = {"id": "1", "prompt": "p", "candidates": ["a.png", "b.png"], "label": 0}
     [
         GOOD | {"label": 2},
         GOOD | {"label": "left"},
+        GOOD | {"prompt": None},
         {k: v for k, v in GOOD.items() if k != "prompt"},
         GOOD | {"candidates": ["a.png"]},
         GOOD | {"candidates": ["a.png", "b.png", "c.png"]},
@@ -86,6 +87,12 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path, name: str, text: str)
         read(tmp_path / name)
     with pytest.raises(ValueError, match="no file"):
         read(tmp_path / "absent.jsonl")
+
+
+def test_an_id_that_is_null_is_none(tmp_path: Path) -> None:
+    """As Parquet has it: two of them are two instances, with ids of their own."""
+    found = read(lines(tmp_path / "p.jsonl", {**GOOD, "id": None}, {**GOOD, "id": None})).preferences
+    assert len({p.id for p in found}) == 2 and "None" not in {p.id for p in found}
 
 
 def test_a_tie_has_no_label() -> None:

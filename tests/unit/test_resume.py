@@ -170,3 +170,43 @@ def test_a_resume_that_changes_nothing_leaves_the_configuration_as_it_is(own: Ru
     before = path.stat()
     rewrite(path, to_json(own))
     assert path.stat().st_ino == before.st_ino and path.stat().st_mtime_ns == before.st_mtime_ns
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "config.json is not that of a run"),
+        ('{"architectures": ["Qwen3VLForConditionalGeneration"]}', "config.json is not that of a run"),
+        ('{"type": "grpo_flex.config:Prompts", "train": "a", "heldout": "b"}', "config.json is not that of a run"),
+        ("{", "config.json does not fit"),
+    ],
+)
+def test_a_folder_of_something_else_is_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, message: str
+) -> None:
+    (tmp_path / "config.json").write_text(content)
+    for words in (["train", "--resume", str(tmp_path)], ["evaluate", str(tmp_path)]):
+        assert main(words) == 2
+        assert message in capsys.readouterr().err
+    for command in ("report", "compare"):
+        assert main([command, str(tmp_path)]) == (0 if content.startswith('{"') else 2)
+        said = capsys.readouterr().err
+        assert content.startswith('{"') or "is no configuration of a run" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "README.md"], "'README.md' is no experiment"),
+        (["train", "experiments/shapes_image.py", "--resume", ""], "--resume names no run"),
+    ],
+)
+def test_what_names_no_run_is_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words, "--dry-run"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_number_of_rows_is_not_negative(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["verdicts", "runs/any", "--limit", "-3"])
+    assert "--limit" in capsys.readouterr().err

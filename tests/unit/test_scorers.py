@@ -109,6 +109,8 @@ def test_a_scorer_that_raises_masks_its_sibling_only() -> None:
         ({"a": None}, "no mapping of numbers"),
         ({"a": float("nan")}, "not finite"),
         ({"a": 1.0, "b": float("inf")}, "not finite"),
+        ({"a": torch.ones(2)}, "no mapping of numbers"),
+        ({"a": 10**400}, "no mapping of numbers"),
     ],
 )
 def test_an_answer_that_is_no_number_is_named(answer: Any, problem: str) -> None:
