@@ -7,6 +7,7 @@ what uploads that failed left there, is removed afterwards. So an upload that is
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -190,15 +191,34 @@ class Copy:
         return True
 
     def bring_back(self, run_dir: Path) -> None:
-        """Make ``run_dir`` from the copy; it appears when all of it is there.
+        """Make ``run_dir`` from the copy; it appears when all of it is there. At once where it is there already.
 
         Raises:
-            MirrorError: a file is missing or has another size; nothing was changed here.
+            MirrorError: a file is missing or has another size, or another process is at it; nothing was changed here.
         """
         manifest = self.described()
         aside = run_dir.with_name(f".{run_dir.name}.partial")
-        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True, exist_ok=True)
+        handle = os.open(aside, os.O_RDONLY)
         try:
+            alone = locked(handle)
+            if run_dir.exists():  # another process has brought it back in the meantime
+                with suppress(OSError):
+                    aside.rmdir()
+                return
+            if not (alone and _is_still(aside, handle)):
+                raise MirrorError(
+                    f"another process is bringing {run_dir} back; stop it first, or wait until it has ended"
+                )
+            self._fill(aside, run_dir, manifest)
+        finally:
+            os.close(handle)
+
+    def _fill(self, aside: Path, run_dir: Path, manifest: Manifest) -> None:
+        """Bring all files into a folder that this process has locked, and give it its name."""
+        try:
+            for left in aside.iterdir():  # by a process that was killed; not the folder itself, which is the lock
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
             for name, stored in manifest.files.items():
                 self._fetch(stored, aside / name)
             write_record(aside, manifest, self.url)
@@ -247,6 +267,25 @@ class Copy:
 
 
 _ANEW = "nothing was changed here: mend the copy, or start the run anew"
+
+
+def locked(handle: int) -> bool:
+    """Whether this process has the lock of an open folder now; also where the file system knows none."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _is_still(folder: Path, handle: int) -> bool:
+    """Whether an open folder has its name yet."""
+    try:
+        return os.path.samestat(os.fstat(handle), folder.stat())
+    except FileNotFoundError:
+        return False
 
 
 def newest_step(run_dir: Path) -> int:

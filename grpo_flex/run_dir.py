@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import os
 import re
@@ -16,7 +15,7 @@ from pathlib import Path
 from grpo_flex import checkpoint
 from grpo_flex.config import ConfigError, RunConfig
 from grpo_flex.config_file import from_json
-from grpo_flex.copied_run import MANIFEST, Copy, MirrorError, is_copy, newest_step, problem, reason, record
+from grpo_flex.copied_run import MANIFEST, Copy, MirrorError, is_copy, locked, newest_step, problem, reason, record
 from grpo_flex.overrides import override
 from grpo_flex.prompts import fingerprint
 from grpo_flex.status import Elsewhere, running_pid
@@ -139,7 +138,7 @@ def claimed(run_dir: Path) -> Iterator[None]:
     handle = os.open(run_dir, os.O_RDONLY)
     try:
         until = time.monotonic() + CLAIM_S
-        while not _locked(handle):
+        while not locked(handle):
             check_alone(run_dir)  # which knows the process, once the run has told where it stands
             if time.monotonic() > until:
                 raise ConfigError(
@@ -149,17 +148,6 @@ def claimed(run_dir: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def _locked(handle: int) -> bool:
-    """Whether this process has the lock now; also where the file system knows none, and status.json has to do."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
 
 
 def basis_of(config: RunConfig, train: Sequence[Prompt], heldout: Sequence[Prompt]) -> dict[str, str]:

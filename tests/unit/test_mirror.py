@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import threading
@@ -14,9 +15,9 @@ from typing import Any, BinaryIO
 import pytest
 import torch
 
-from grpo_flex import checkpoint
+from grpo_flex import checkpoint, copied_run
 from grpo_flex.config import ConfigError, RunConfig
-from grpo_flex.copied_run import MANIFEST, RECORD, Copy, Manifest, MirrorError, check_writable
+from grpo_flex.copied_run import MANIFEST, RECORD, Copy, Manifest, MirrorError, check_writable, locked
 from grpo_flex.mirror import Mirror
 from grpo_flex.run_dir import new_run_dir
 from grpo_flex.status import status
@@ -255,6 +256,43 @@ def test_a_damaged_copy_brings_nothing_back(tmp_path: Path, damage: Callable[[Pa
     with pytest.raises(MirrorError, match=message):
         Copy.at(str(place / "one")).bring_back(run_dir)
     assert not list(run_dir.parent.iterdir()) and not (tmp_path / "escaped").exists()
+
+
+def test_two_processes_do_not_bring_a_run_back_at_once(tmp_path: Path) -> None:
+    run_dir, place, _, _ = mirrored(tmp_path)
+    whole = content(run_dir)
+    shutil.rmtree(run_dir)
+    (aside := run_dir.with_name(".one.partial")).mkdir(parents=True)
+    (aside / "metrics.jsonl").write_text("half of")
+    copy, other = Copy.at(str(place / "one")), os.open(aside, os.O_RDONLY)
+    assert locked(other)
+    with pytest.raises(MirrorError, match=r"another process is bringing .*/one back; stop it first"):
+        copy.bring_back(run_dir)
+    assert (aside / "metrics.jsonl").read_text() == "half of" and not run_dir.exists()
+    os.close(other)  # it was killed, and has left a half
+    (aside / "left").mkdir()
+    copy.bring_back(run_dir)
+    assert content(run_dir) == whole and not aside.exists()
+    copy.bring_back(run_dir)  # another process had it a moment before
+    assert content(run_dir) == whole and not aside.exists()
+
+
+@pytest.mark.parametrize("taken", [True, False], ids=["another has the folder now", "nobody has"])
+def test_a_lock_on_a_folder_that_is_gone_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: bool) -> None:
+    run_dir, place, _, _ = mirrored(tmp_path)
+    shutil.rmtree(run_dir)
+    aside = run_dir.with_name(".one.partial")
+
+    def late(handle: int) -> bool:
+        shutil.rmtree(aside)  # whose process had failed, between its name and its lock
+        if taken:
+            aside.mkdir()
+        return True
+
+    monkeypatch.setattr(copied_run, "locked", late)
+    with pytest.raises(MirrorError, match="another process"):
+        Copy.at(str(place / "one")).bring_back(run_dir)
+    assert not run_dir.exists()
 
 
 def test_a_folder_that_is_there_is_never_overwritten(tmp_path: Path) -> None:
