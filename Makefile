@@ -8,9 +8,9 @@ JUDGE ?= $(if $(GPU),gpu,cpu)
 JUDGE_VENV := .venv-judge
 JUDGE_PY := $(JUDGE_VENV)/bin/python
 # vLLM for CPUs wants torch's CPU build, which is not on PyPI, and the trainer does without gigabytes of CUDA then. Whoever has
-# told pip of more places than its index (a mirror, a folder of wheels) has it there.
+# told pip of another place than PyPI (a mirror, a folder of wheels) has it there.
 TORCH_CPU ?= https://download.pytorch.org/whl/cpu
-cpu_builds = $$($(1) -m pip config list | grep -qE 'find-links|extra-index-url' || echo --extra-index-url $(TORCH_CPU))
+cpu_builds = $$($(1) -m pip config list | grep -qE 'find-links|index-url' || echo --extra-index-url $(TORCH_CPU))
 PRESET ?= $(if $(MODEL),,flex-qwen3vl-8b)
 # Pictures, numbers and tests never depend on the outside: no telemetry, no hub look-ups unless asked for.
 export RAY_USAGE_STATS_ENABLED := 0

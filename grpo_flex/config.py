@@ -230,6 +230,10 @@ class Optimizer:
                 f"is {self.ema}; it needs to be 0 (no average) or more and below 1, where nothing would be learnt",
             )
 
+    def updates(self, groups: int) -> int:
+        """How many optimiser steps so many groups are dealt out among."""
+        return min(self.updates_per_rollout, groups)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Judge:

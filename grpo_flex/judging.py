@@ -12,14 +12,13 @@ import base64
 import hashlib
 import io
 import json
-import math
 import os
 import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +58,10 @@ class _Clock:
     """The time that a group's questions have, from when its last sibling is there."""
 
     seconds: float
-    until: float = math.inf
+    until: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.start()
 
     def start(self, *_: object) -> None:
         self.until = time.monotonic() + self.seconds
@@ -182,7 +184,6 @@ class JudgeClient:
         encoded = {n: [asyncio.ensure_future(self._encoded(media, n)) for media in coming] for n in shown}
         sources = await self._sources(prompt, coming)
         clock = _Clock(self.judge_config.step_budget_s)
-        clock.start()
         for media in coming:
             media.add_done_callback(clock.start)
         try:

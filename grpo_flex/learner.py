@@ -142,7 +142,7 @@ class Learner:
 
     def shares(self, groups: int) -> list[Share]:
         """This rank's part in each optimiser step of an update with so many groups."""
-        parts, rank, size = self._parts(groups), self.ranks.rank, self.ranks.size
+        parts, rank, size = self.config.optimizer.updates(groups), self.ranks.rank, self.ranks.size
         shares = []
         for part in range(parts):
             dealt = list(range(part, groups, parts))
@@ -150,9 +150,6 @@ class Learner:
             missing = math.ceil(len(dealt) / size) - len(own) if self.sharded else 0
             shares.append(Share(own, dealt[:missing]))
         return shares
-
-    def _parts(self, groups: int) -> int:
-        return min(self.config.optimizer.updates_per_rollout, groups)
 
     def begin(self, groups: Groups, advantages: Sequence[np.ndarray], of: int, step_index: int) -> None:
         """A head start on ``update``: the gradients of groups that are complete while others are not.
@@ -166,7 +163,7 @@ class Learner:
             of: how many groups the update will have.
         """
         first = self.shares(of)[0]
-        dealt = range(0, len(advantages), self._parts(of))
+        dealt = range(0, len(advantages), self.config.optimizer.updates(of))
         self._add_up(groups, advantages, first.own[: len(dealt) // self.ranks.size], step_index)
 
     def update(self, groups: Groups, advantages: Sequence[np.ndarray], step_index: int) -> UpdateResult:

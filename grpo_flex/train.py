@@ -130,9 +130,8 @@ class Trainer:
             self._check_watched(numbers)
             self.log.log(0, numbers)
             self.console.step(0, numbers)
-        elif not self._watches(
-            keys_of(read_metrics(self.log.run_dir), "heldout/")
-        ):  # a resume may bring another scorer
+        elif not self._watches(keys_of(read_metrics(self.log.run_dir), "heldout/")):
+            # A resume may bring another scorer, which nobody has asked yet.
             samples = self.cluster.evaluate(self.heldout, self.cluster.publish_evaluation(), self._look_around)
             self._check_watched({f"heldout/{name}" for name in mean_scores(list(samples))})
         while self._numbers is not None or self.step < self.config.steps:
@@ -276,11 +275,8 @@ class Trainer:
 
     def _watches(self, scores: Collection[str]) -> bool:
         """Whether the figure that stops a run early, if any does, is among these."""
-        return not self.config.evaluation.stop_after or self.config.evaluation.stop_on in (
-            "",
-            "heldout/win_rate",
-            *scores,
-        )
+        config = self.config.evaluation
+        return not config.stop_after or config.stop_on in ("", "heldout/win_rate", *scores)
 
     def _check_watched(self, scores: Collection[str]) -> None:
         """Raise ConfigError, before the first step, when the figure that stops a run early is none that the scorer gives."""
@@ -402,7 +398,7 @@ class Trainer:
 
     def _begun_early(self, given: int, groups: int) -> int:
         """How many of the groups that the learners were given early they could begin with (``Learner.begin``)."""
-        first = len(range(0, given, min(self.config.optimizer.updates_per_rollout, groups)))
+        first = len(range(0, given, self.config.optimizer.updates(groups)))
         return first - first % self.config.placement.learners
 
     def _said(self, flight: Flight, i: int) -> list[Verdict] | None:

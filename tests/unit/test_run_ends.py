@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from grpo_flex import checkpoint, run
-from grpo_flex.config import Adapter, Checkpoint
+from grpo_flex.config import Adapter, Checkpoint, Optimizer
 from grpo_flex.fleet import Stranded
 from grpo_flex.judge_server import JudgeAway
 from grpo_flex.train import Interrupted, Starved, Trainer
@@ -191,6 +191,6 @@ def test_only_groups_that_the_learners_could_begin_with_count_as_begun(
 ) -> None:
     trainer: Any = object.__new__(Trainer)
     trainer.config = SimpleNamespace(
-        optimizer=SimpleNamespace(updates_per_rollout=updates), placement=SimpleNamespace(learners=learners)
+        optimizer=Optimizer(updates_per_rollout=updates), placement=SimpleNamespace(learners=learners)
     )
     assert trainer._begun_early(given, groups) == begun
