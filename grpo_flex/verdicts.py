@@ -14,10 +14,10 @@ import os
 import time
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from grpo_flex.types import Verdict
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 FILE_NAME = "verdicts.jsonl.gz"
 BATCH_LINES, BATCH_SECONDS = 64, 5.0
 GZIP_MEMBER = 31  # zlib's window argument for one gzip member
+BLOCK = 2**16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,11 +111,12 @@ def drop_from_step(path: str | Path, step: int, evaluation: int | None = None) -
     partial, dropped = path.with_suffix(".partial"), 0
     try:
         with partial.open("wb") as out:
-            for lines in _batches(path):
+            for member in _members(path):
+                lines = member.lines
                 kept = [line for line in lines if _is_before(json.loads(line), step, evaluation)]
                 dropped += len(lines) - len(kept)
-                if kept:
-                    out.write(gzip.compress(b"".join(kept)))
+                if kept:  # what stays whole, nearly all of it, is not compressed anew
+                    out.write(member.packed if len(kept) == len(lines) else gzip.compress(b"".join(kept)))
             out.flush()
             os.fsync(out.fileno())
         partial.replace(path)
@@ -130,8 +132,8 @@ def _is_before(record: Mapping[str, Any], step: int, evaluation: int | None) -> 
 
 def read_verdicts(path: str | Path) -> Iterator[Entry]:
     """Every verdict in the order of writing; a torn last batch is left out. Raises FileNotFoundError."""
-    for lines in _batches(Path(path)):
-        for line in lines:
+    for member in _members(Path(path)):
+        for line in member.lines:
             yield _entry(json.loads(line))
 
 
@@ -143,32 +145,39 @@ def _entry(record: dict[str, Any]) -> Entry:
     return Entry(**what, verdict=Verdict(**record))
 
 
-def _batches(path: Path) -> Iterator[list[bytes]]:
-    for _, content in _members(path):
-        yield content.splitlines(keepends=True)
+class _Member(NamedTuple):
+    """One whole gzip member of the file."""
+
+    packed: bytes
+    content: bytes
+
+    @property
+    def lines(self) -> list[bytes]:
+        return self.content.splitlines(keepends=True)
 
 
-def _members(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(end offset, content) of each whole gzip member; stops at a torn one."""
-    data, offset = path.read_bytes(), 0
-    while offset < len(data):
-        unpacker = zlib.decompressobj(GZIP_MEMBER)
-        try:
-            content = unpacker.decompress(memoryview(data)[offset:])
-        except zlib.error:
-            return
-        if not unpacker.eof:
-            return
-        offset = len(data) - len(unpacker.unused_data)
-        yield offset, content
+def _members(path: Path) -> Iterator[_Member]:
+    """One after the other, because a long run's file does not fit into memory; stops at a torn one."""
+    with path.open("rb") as file:
+        rest = b""
+        while True:
+            packed, content, unpacker = bytearray(), bytearray(), zlib.decompressobj(GZIP_MEMBER)
+            while not unpacker.eof:
+                if not (block := rest or file.read(BLOCK)):
+                    return
+                try:
+                    content += unpacker.decompress(block)
+                except zlib.error:
+                    return
+                rest = unpacker.unused_data
+                packed += block[: len(block) - len(rest)]
+            yield _Member(bytes(packed), bytes(content))
 
 
 def _cut_torn_tail(path: Path) -> None:
     if not path.exists():
         return
-    end = 0
-    for end, _ in _members(path):  # noqa: B007  (the last value is what is wanted)
-        pass
+    end = sum(len(member.packed) for member in _members(path))
     if end < path.stat().st_size:
         os.truncate(path, end)
 
@@ -179,7 +188,7 @@ def _cut_torn_tail(path: Path) -> None:
 Show = Literal["all", "disagreements", "unparsed", "masked"]
 
 
-def select(entries: Sequence[Entry], *, step: int | None = None, prompt: str = "", show: Show = "all") -> list[Entry]:
+def select(entries: Iterable[Entry], *, step: int | None = None, prompt: str = "", show: Show = "all") -> list[Entry]:
     """The entries that a reader asked for, in the order of writing.
 
     Args:
@@ -234,12 +243,12 @@ def main(
     path = Path(run_dir) / FILE_NAME
     if not path.is_file():
         raise ValueError(f"no {FILE_NAME} in {run_dir}: give the directory of a run, e.g. runs/NAME")
-    entries = list(read_verdicts(path))
-    chosen = select(entries, step=step, prompt=prompt, show=show)
+    chosen = select(read_verdicts(path), step=step, prompt=prompt, show=show)
     if not chosen:
         hint = "; is any pair asked in both orders? See judge.pairs" if show == "disagreements" else ""
+        there = sum(1 for _ in read_verdicts(path))
         raise ValueError(
-            f"none of the {len(entries)} verdicts in {path} fits (step={step}, prompt={prompt!r}, show={show}){hint}"
+            f"none of the {there} verdicts in {path} fits (step={step}, prompt={prompt!r}, show={show}){hint}"
         )
     console = plain_console()
     if any(not e.verdict.scorer for e in chosen):

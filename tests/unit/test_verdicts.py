@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from grpo_flex import verdicts
 from grpo_flex.types import Verdict
 from grpo_flex.verdicts import (
     FILE_NAME,
@@ -97,6 +98,25 @@ def test_any_text_is_printed_as_it_is(
 
 def test_what_is_written_is_read_back(run_dir: Path) -> None:
     assert list(read_verdicts(run_dir / FILE_NAME)) == ENTRIES
+
+
+@pytest.mark.parametrize("block", [1, 100, verdicts.BLOCK])
+def test_a_long_file_is_read_in_pieces_and_what_a_resume_keeps_stays_byte_for_byte(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(verdicts, "BLOCK", block)
+    path = run_dir / FILE_NAME
+    first = path.read_bytes()
+    log = VerdictLog(path)
+    for e in ENTRIES:
+        log.add(e.step + 10, e.prompt_id, e.prompt, e.verdict)
+        log.flush()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    VerdictLog(path)
+    assert whole.startswith(path.read_bytes()) and len(list(read_verdicts(path))) == 2 * len(ENTRIES) - 1
+    assert drop_from_step(path, 10) == len(ENTRIES) - 1
+    assert path.read_bytes() == first
 
 
 def test_the_command_prints_figures_and_verdicts(
