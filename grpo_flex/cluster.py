@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -37,8 +38,12 @@ _STATES = {"ALIVE": "alive", "RESTARTING": "restarting", "DEAD": "dead"}
 PREPARED_TOGETHER = 64
 """Prompts of one call to a worker: few enough to be encoded long before it would be taken for hung."""
 
-REVIVED: dict[str, Any] = {"max_restarts": 5, "max_task_retries": 5}
-"""Ray's options for an actor that Ray itself starts again: its calls are made again too, so they have to bear that."""
+REVIVED: dict[str, Any] = {"max_restarts": -1, "max_task_retries": 5}
+"""Ray's options for an actor that Ray itself starts again: its calls are made again too, five times each, so they have to
+bear that."""
+
+SCORER = REVIVED | {"allow_out_of_order_execution": True}
+"""In order, one group that is late would hold up the scoring of all others."""
 
 
 class Cluster:
@@ -60,7 +65,7 @@ class Cluster:
         self._judge: Any = None
         scorer: Any = ray.remote(ScorerActor)
         self._scorers = {
-            label(s): scorer.options(**REVIVED, **self._reserved.options(label(s))).remote(
+            label(s): scorer.options(**SCORER, **self._reserved.options(label(s))).remote(
                 s, place.threads_per_worker, place.scorer_gpus
             )
             for s in config.scorers
@@ -314,7 +319,8 @@ class Cluster:
         if place.colocated or there >= place.rollout_workers_max or time.monotonic() < self._next_join:
             return None
         self._next_join = time.monotonic() + JOIN_S
-        name = next(n for i in range(place.rollout_workers_max) if (n := f"rollout-{i}") not in self._fleet.workers)
+        # One that was given up has a name, and maybe a bundle on a node that is to blame, which are left to it.
+        name = next(n for i in count() if (n := f"rollout-{i}") not in self._reserved.bundles)
         return name if self._reserved.room_for_one_more(name, asks(place.rollout_cpus, place.rollout_gpus)) else None
 
 

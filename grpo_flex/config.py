@@ -387,7 +387,8 @@ class Placement:
     """A rollout worker that has work and finishes none for so long is taken for hung: its groups are sampled elsewhere,
     from the same seeds, and it is started again."""
     rollout_restarts: int = 5
-    """How often a rollout worker that died or hung is started again; then the run goes on without it."""
+    """How often a rollout worker that died, hung or failed is started again without a result in between; then the run goes
+    on without it."""
     colocated: bool = False
     """Each learner is a rollout worker too: one process, one device, one set of weights, which take turns at their two
     tasks. rollout_workers, rollout_cpus and rollout_gpus are not used."""
@@ -398,7 +399,8 @@ class Placement:
     """For each learner, as are its GPUs."""
     learner_gpus: float = 0.0
     learner_restarts: int = 3
-    """How often learners that died or hang are started again from the last completed step; then the run ends."""
+    """How often learners that died, hang or failed are started again from the last completed step without completing
+    another; then the run ends."""
     update_timeout_s: float = 3600.0
     """Learners that take longer than this for an update are taken for hung."""
     shard_base: bool = False

@@ -22,7 +22,7 @@ POLL_S = 0.5
 
 
 START_S = 1800.0
-"""So long all workers at once may be starting: models are large, and nodes may have to come back first."""
+"""So long a worker may be starting: models are large, and nodes may have to come back first."""
 
 
 DIED = (RayActorError, OutOfMemoryError)
@@ -31,7 +31,18 @@ DIED = (RayActorError, OutOfMemoryError)
 
 def fate(error: RayError) -> str:
     """How a process was lost, for a message."""
+    if isinstance(error, RayTaskError) and not isinstance(error, DIED):
+        return f"failed ({type(error.cause).__name__}: {(str(error.cause).strip().splitlines() or [''])[0]})"
     return "was killed by Ray, because its node ran out of memory" if isinstance(error, OutOfMemoryError) else "died"
+
+
+def may_be_the_machines(error: RayTaskError) -> bool:
+    """Whether a call that failed may do elsewhere: a GPU's faults are RuntimeErrors, a mount's are OSErrors.
+
+    Too little memory on a GPU is not among them: it would be too little for the same call on another one.
+    """
+    cause = error.cause
+    return isinstance(cause, RuntimeError | OSError) and type(cause).__name__ != "OutOfMemoryError"
 
 
 class Stranded(Exception):
@@ -52,6 +63,8 @@ class Job:
     results: list[Any] = field(default_factory=list)
     """References of this try."""
     done: bool = False
+    failed: bool = False
+    """Whether it has failed once, on a worker that may have been to blame."""
     seconds: float = 0.0
     """What the receipt says, for a rollout: how long it took."""
 
@@ -67,11 +80,13 @@ class Worker:
     name: str
     actor: Any
     loading: ray.ObjectRef[None] | None
-    """None once the model is loaded: until then it gets work only if nobody else can take it."""
+    """None once the model is loaded: until then it gets no work."""
     jobs: list[Job] = field(default_factory=list)
-    heard: float = 0.0
-    """When it last gave a result, or got work after having had none."""
+    heard: float = field(default_factory=time.monotonic)
+    """When it was started, had loaded, last gave a result, or got work after having had none."""
     restarts: int = 0
+    in_a_row: int = 0
+    """Those of them that no result has followed yet."""
     holds: tuple[int, Role] | None = None
     """Version and role of the ``Published`` weights that it has once it has done all its work; None: of none."""
 
@@ -109,7 +124,7 @@ class Fleet:
         start: makes the actor of a name; given the one that is lost, where there was one.
         names: the workers to begin with.
         timeout_s: a worker that has work and gives no result for so long is taken for hung.
-        restarts: how often each may be started again.
+        restarts: how often each may be started again without a result in between.
         joining: a name and an actor whenever the cluster has room for one more.
         say: tells a person what happened.
     """
@@ -126,12 +141,21 @@ class Fleet:
             joining,
         )
         self.workers: dict[str, Worker] = {}
+        self._waiting: list[Job] = []
+        """Work for the first worker that has loaded its model, while none has."""
+        self._loaded = False
+        """Whether any worker ever had: then the model can be loaded, and who cannot is to blame."""
         self._alone_since = time.monotonic()
         for name in names:
             self._add(name)
 
     def wait_until_ready(self) -> None:
-        """Until every worker has loaded its model; raises what loading raised."""
+        """Until every worker has loaded its model, or is given up.
+
+        Raises:
+            RayTaskError: what loading raised, if nobody has loaded it.
+            Stranded: nobody is left to load it.
+        """
         while loading := [w.loading for w in self.workers.values() if w.loading is not None]:
             ray.wait(loading, num_returns=len(loading), timeout=POLL_S)
             self.tend()
@@ -145,8 +169,11 @@ class Fleet:
 
     def wait(self, jobs: Sequence[Job], look: Callable[[], None] = lambda: None) -> None:
         """Until all jobs are done, lost ones again; ``look`` is called with each that is, and at least twice a second."""
-        while left := list(dict.fromkeys(job.receipt for job in jobs if not job.done)):
-            ray.wait(left, timeout=POLL_S, fetch_local=False)
+        while left := [job for job in jobs if not job.done]:
+            if under_way := list(dict.fromkeys(job.receipt for job in left if job.receipt is not None)):
+                ray.wait(under_way, timeout=POLL_S, fetch_local=False)
+            else:
+                time.sleep(POLL_S)
             look()  # before lost workers are started again: the run may have been asked to end
             self.tend()
 
@@ -191,35 +218,42 @@ class Fleet:
         """See who is done, who is lost, who has joined; a few milliseconds.
 
         Raises:
-            RayTaskError: a call that failed by itself, which would fail elsewhere too.
+            RayTaskError: a call that failed by itself, which would fail elsewhere too, or has.
             Stranded: nobody is left to do the work.
         """
         for worker in list(self.workers.values()):
             self._collect(worker)
         now = time.monotonic()
-        for worker in list(self.workers.values()):
-            if worker.loading is None and worker.jobs and now - worker.heard > self._timeout_s:
-                self._lose(worker, f"gave no result for {self._timeout_s:g} s and is taken for hung")
-        if name := self._joining(len(self.workers)):
-            self._say(f"{name} joins")
-            self._add(name)
         if any(w.loading is None for w in self.workers.values()):
             self._alone_since = now
-        elif now - self._alone_since > START_S:
+        elif self.workers and now - self._alone_since > START_S:
             raise Stranded(
                 f"no rollout worker could be started for {START_S:g} s; is there still a node with room for one?"
             )
+        for worker in list(self.workers.values()):
+            if worker.loading is None and worker.jobs and now - worker.heard > self._timeout_s:
+                self._lose(worker, f"gave no result for {self._timeout_s:g} s and is taken for hung")
+            elif worker.loading is not None and now - worker.heard > START_S and self._alone_since == now:
+                self._lose(worker, f"has not loaded its model for {START_S:g} s")
+        if name := self._joining(len(self.workers)):
+            self._say(f"{name} joins")
+            self._add(name)
 
     def _add(self, name: str, lost: Worker | None = None) -> None:
         actor = self._start(name, lost and lost.actor)
-        restarts = lost.restarts + 1 if lost else 0
-        self.workers[name] = Worker(name=name, actor=actor, loading=actor.ready.remote(), restarts=restarts)
+        restarts, in_a_row = (lost.restarts + 1, lost.in_a_row + 1) if lost else (0, 0)
+        loading = actor.ready.remote()
+        self.workers[name] = Worker(name=name, actor=actor, loading=loading, restarts=restarts, in_a_row=in_a_row)
 
     def _deal(self, job: Job) -> None:
-        """To the worker that has the least to do."""
+        """To the worker that has the least to do, of those that can begin."""
         if not self.workers:
             raise Stranded("every rollout worker has died too often")
-        ready = [w for w in self.workers.values() if w.loading is None] or list(self.workers.values())
+        ready = [w for w in self.workers.values() if w.loading is None]
+        if not ready:
+            job.receipt = None
+            self._waiting.append(job)
+            return
         worker = min(ready, key=lambda w: len(w.jobs))
         if not worker.jobs:
             worker.heard = time.monotonic()
@@ -231,29 +265,46 @@ class Fleet:
 
     def _collect(self, worker: Worker) -> None:
         """Take note of what a worker has done, or that it has died."""
+        job: Job | None = None
         try:
             if worker.loading is not None and _is_there(worker.loading):
                 ray.get(worker.loading)
-                worker.loading, worker.heard = None, time.monotonic()
+                self._has_loaded(worker)
             for job in [job for job in worker.jobs if _is_there(job.receipt)]:
                 job.seconds = float(ray.get(job.receipt))
                 worker.jobs.remove(job)
-                worker.heard, job.done = time.monotonic(), True
-        except RayTaskError:
-            raise
+                worker.heard, worker.in_a_row, job.done = time.monotonic(), 0, True
+        except RayTaskError as error:
+            if job is None:
+                if not self._loaded:
+                    raise
+            elif job.failed or not may_be_the_machines(error):
+                raise
+            else:
+                job.failed = True
+            self._lose(worker, fate(error))
         except DIED as error:
             self._lose(worker, fate(error))
+
+    def _has_loaded(self, worker: Worker) -> None:
+        worker.loading, worker.heard, self._loaded = None, time.monotonic(), True
+        waiting, self._waiting = self._waiting, []
+        for job in waiting:
+            self._deal(job)
 
     def _lose(self, worker: Worker, how: str) -> None:
         """Start a worker again, and give its work to the others."""
         ray.kill(worker.actor)
         del self.workers[worker.name]
-        if worker.restarts < self._restarts:
+        if worker.in_a_row < self._restarts:
             self._add(worker.name, worker)
             self._say(f"{worker.name} {how}; starting it again")
         else:
-            self._say(f"{worker.name} {how} once more, after {worker.restarts} restarts; going on without it")
-        for job in worker.jobs:
+            self._say(f"{worker.name} {how} once more, after {worker.in_a_row} restarts; going on without it")
+        if not self.workers and not self._loaded:
+            raise Stranded(f"no rollout worker could load its model; the last one, {worker.name}, {how}")
+        waiting, self._waiting = self._waiting, []
+        for job in [*waiting, *worker.jobs]:
             self._deal(job)
 
 

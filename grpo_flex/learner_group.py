@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from grpo_flex.broadcast import Circle
-from grpo_flex.fleet import DIED, fate
+from grpo_flex.fleet import DIED, fate, may_be_the_machines
 from grpo_flex.types import Adapter, UpdateBatch, UpdateResult
 from grpo_flex.weights import Parcel
 
@@ -23,7 +25,7 @@ GRACE_S = 10.0
 POLL_S = 0.5
 """Between two looks, while an answer is waited for, at whether the run is to stop."""
 STOP_S = 10.0
-"""A run that is asked to stop waits so long for an update under way before it does without: who asks may kill it soon."""
+"""A run that is asked to stop waits so long for learners at work before it does without: who asks may kill it soon."""
 START_S = 1800.0
 """Learners that died may take so long to start again: models are large, and a node may have to come back first."""
 
@@ -45,7 +47,7 @@ class LearnerGroup:
     Args:
         start: makes the actor of a rank.
         size: how many ranks there are.
-        restarts: how often the group may be started again.
+        restarts: how often the group may be started again without an update in between.
         timeout_s: for one update.
         say: tells a person what happened.
         stopping: whether the run is being stopped, so that what died is not to be started again.
@@ -59,7 +61,7 @@ class LearnerGroup:
         stopped_s: Callable[[], float] = lambda: 0.0,
     ) -> None:  # fmt: skip
         self._start, self._size, self._say, self._stopping, self._keeps = start, size, say, stopping, keeps
-        self._left, self._timeout_s, self._stopped_s = restarts, timeout_s, stopped_s
+        self._left, self._allowed, self._timeout_s, self._stopped_s = restarts, restarts, timeout_s, stopped_s
         self._lost: RayError | None = None
         """Why the present actors are not to be asked any more, where they are not started again."""
         self._state: ray.ObjectRef[dict[str, Any]] | None = None
@@ -77,20 +79,21 @@ class LearnerGroup:
             joining = [actor.join.remote(address) for actor in self.actors]
         self._loading = joining + [actor.ready.remote() for actor in self.actors]
 
-    def meet(self, within_s: float | None = None) -> None:
+    def meet(self, within_s: float = math.inf) -> None:
         """Let the ranks find each other, load their models and take up the newest state.
 
         Raises:
-            GetTimeoutError: one of these steps took longer.
+            Hung: one of these steps took longer, or the run is to stop and has the state at hand.
         """
         loading, self._loading = self._loading, []
-        ray.get(loading, timeout=within_s)
+        wait = partial(_all, timeout_s=within_s, does_without=self._does_without)
+        wait(loading)
         if self._size > 1 and not loading:
-            address = ray.get(self.actors[0].address.remote(), timeout=within_s)
-            ray.get([actor.join.remote(address) for actor in self.actors], timeout=within_s)
-        ray.get([actor.ready.remote() for actor in self.actors], timeout=within_s)
+            (address,) = wait([self.actors[0].address.remote()])
+            wait([actor.join.remote(address) for actor in self.actors])
+        wait([actor.ready.remote() for actor in self.actors])
         if self._state is not None:
-            ray.get([actor.load_state.remote(self._state) for actor in self.actors])
+            wait([actor.load_state.remote(self._state) for actor in self.actors])
 
     def begin(self, batch: UpdateBatch, of: int, step: int) -> None:
         """Let all ranks begin an update of ``of`` groups with the first ones of them; returns at once.
@@ -157,7 +160,7 @@ class LearnerGroup:
         called = [actor.update.remote(batch, step) for actor in self.actors]
         refs: list[ray.ObjectRef[Any]] = [*self._begun, *(result for result, _ in called)]
         *_, result = _all(refs, self._timeout_s, self._does_without)
-        self._begun, self._state = [], called[0][1] if self._keeps else None
+        self._begun, self._state, self._left = [], called[0][1] if self._keeps else None, self._allowed
         return result
 
     def _publish(self, role: str) -> ray.ObjectRef[Adapter]:
@@ -166,7 +169,7 @@ class LearnerGroup:
         return called[0][1]
 
     def _does_without(self) -> bool:
-        """Whether an update under way is given up: the run is to stop, and the state before it is at hand."""
+        """Whether what is under way is given up: the run is to stop, and the newest state is at hand."""
         return self._state is not None and self._stopped_s() > STOP_S
 
     def _each(self, method: str) -> list[Any]:
@@ -179,10 +182,16 @@ class LearnerGroup:
         return problem, invited
 
     def _until_done(self, call: Callable[[], T]) -> T:
+        failed = False
         while True:
             try:
                 return call()
             except (*DIED, Hung) as error:
+                self._restore(error)
+            except RayTaskError as error:
+                if failed or not may_be_the_machines(error):
+                    raise
+                failed = True
                 self._restore(error)
 
     def _restore(self, reason: RayError) -> None:
@@ -207,10 +216,10 @@ class LearnerGroup:
                 return self.meet(START_S)
             except DIED as error:
                 reason = error
-            except GetTimeoutError:
-                raise Hung(
-                    f"learners could not be started for {START_S:g} s; is there still a node with room for them?"
-                ) from reason
+            except Hung as hung:
+                why = f"learners could not be started for {START_S:g} s; is there still a node with room for them?"
+                self._lost = hung if self._does_without() else Hung(why)
+                raise self._lost from reason
 
     def _reach_state(self) -> None:
         """Bring the newest state, if there is one yet, to this node: learners may have to start on another one."""
@@ -238,7 +247,7 @@ def _all(
         if not done and left <= 0:
             raise Hung(f"no answer within placement.update_timeout_s={timeout_s:g}")
         if not done and does_without():
-            raise Hung("the run is to stop, and does without the update under way")
+            raise Hung("the run is to stop, and does without what its learners are at")
         try:
             ray.get(done)
         except RayTaskError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from ray._private.state import actors
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
 from grpo_flex import cluster as placing
+from grpo_flex import fleet as fleets
 from grpo_flex.actors import ScorerActor
 from grpo_flex.fleet import Fleet, Stranded
 from grpo_flex.learner_group import Hung, LearnerGroup, StateLost
@@ -38,7 +40,10 @@ class _Doubler:
         self.name, self.fates, self.folder = name, fates, Path(folder)
 
     def ready(self) -> None:
-        pass
+        if (self.folder / f"away-{self.name}").exists():
+            time.sleep(600)
+        if (self.folder / f"no-mount-{self.name}").exists():
+            raise ValueError("there is no model here")
 
     def pid(self) -> int:
         return os.getpid()
@@ -46,8 +51,10 @@ class _Doubler:
     @ray.method(num_returns=2)
     def double(self, n: int) -> tuple[float, tuple[int, str]]:
         fate, met = self.fates.get(n), self.folder / f"met-{n}"
-        if fate and not met.exists():
+        if fate and (fate == "fails" or not met.exists()):
             met.touch()
+            if "fails" in fate:
+                raise RuntimeError("CUDA error: uncorrectable ECC error")
             os.kill(os.getpid(), {"dies": signal.SIGKILL, "hangs": signal.SIGSTOP}[fate])
         if n < 0:
             raise ValueError("a negative number")
@@ -110,6 +117,52 @@ def test_work_that_fails_by_itself_is_not_repeated(tmp_path: Path) -> None:
     assert said == []
 
 
+def test_work_that_a_machine_may_have_failed_at_is_tried_on_another(tmp_path: Path) -> None:
+    fleet, said = fleet_of(["a", "b"], {1: "fails once", 2: "fails"}, tmp_path)
+    job = fleet.submit("double", 1)
+    fleet.wait([job])
+    assert ray.get(job.result)[0] == 2 and job.failed
+    assert said == ["a failed (RuntimeError: CUDA error: uncorrectable ECC error); starting it again"]
+    with pytest.raises(RayTaskError, match="uncorrectable"):
+        fleet.wait([fleet.submit("double", 2)])
+
+
+def test_what_lost_workers_had_waits_for_the_first_that_is_back(tmp_path: Path) -> None:
+    fleet, said = fleet_of(["a", "b"], {0: "dies", 1: "dies"}, tmp_path)
+    (tmp_path / "away-b").touch()  # its node stays away
+    jobs = [fleet.submit("double", n) for n in range(6)]
+    fleet.wait(jobs)
+    assert [ray.get(job.result) for job in jobs] == [(2 * n, "a") for n in range(6)] and len(said) == 2
+    assert fleet.workers["b"].loading is not None
+
+
+def test_a_worker_that_cannot_load_is_done_without_where_others_could(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet, said = fleet_of(["a"], {}, tmp_path)
+    (tmp_path / "no-mount-b").touch()
+    fleet._add("b")
+    fleet.wait_until_ready()
+    assert list(fleet.workers) == ["a"] and "going on without it" in said[-1] and "there is no model here" in said[-1]
+    (tmp_path / "away-c").touch()
+    fleet._add("c")
+    monkeypatch.setattr(fleets, "START_S", 0.0)
+    fleet.tend()
+    assert said[-1] == "c has not loaded its model for 0 s; starting it again"
+
+
+def test_workers_that_all_cannot_load_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "no-mount-a").touch()
+    with pytest.raises(RayTaskError, match="there is no model here"):
+        fleet_of(["a"], {}, tmp_path)
+
+
+def test_only_deaths_without_a_result_in_between_count(tmp_path: Path) -> None:
+    fleet, said = fleet_of(["a"], {1: "dies", 3: "dies"}, tmp_path)
+    fleet.wait([fleet.submit("double", n) for n in range(4)])
+    assert fleet.workers["a"].restarts == len(said) == 2
+
+
 def test_a_worker_that_dies_too_often_is_done_without_and_the_last_one_is_missed(tmp_path: Path) -> None:
     fleet, said = fleet_of(["a", "b"], {1: "dies"}, tmp_path, restarts=0)
     job = fleet.submit("double", 1)
@@ -146,6 +199,11 @@ def test_results_that_are_lost_are_made_again(tmp_path: Path) -> None:
     assert [len(told[n]) for n in range(3)] == [1, 2, 1] and list(told[1][1]) == jobs[1].results and said == []
 
 
+@ray.remote(num_cpus=0)
+def later() -> None:
+    time.sleep(600)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Mortal:
     """A scorer that dies with the first group that it sees, and scores by what it has loaded."""
@@ -172,9 +230,11 @@ PROMPT = Prompt(id="p", text="a red circle")
 def test_a_scorer_that_dies_is_started_again_and_scores_what_it_was_given(tmp_path: Path) -> None:
     group = SimpleNamespace(prompt=PROMPT, media_G=[np.full((1, 4, 4, 3), n, np.uint8) for n in (10, 30)])
     actor: Any = ray.remote(ScorerActor)
-    scorer = actor.options(num_cpus=0, **placing.REVIVED).remote(_Mortal(folder=str(tmp_path)), 1, 0.0)
+    scorer = actor.options(num_cpus=0, **placing.SCORER).remote(_Mortal(folder=str(tmp_path)), 1, 0.0)
     ray.get(scorer.load.remote())
-    given = ray.get(scorer.score.remote(group))
+    late = scorer.score.remote(later.remote())  # a group that is still being sampled holds up no other
+    given = ray.get(scorer.score.remote(group), timeout=60)
+    assert not ray.wait([late], timeout=0)[0]
     assert [(v.status, v.scores["mean"]) for v in given] == [("ok", (10.0,)), ("ok", (30.0,))]
 
 
@@ -202,6 +262,9 @@ class _Adder:
 
     def ready(self) -> None: ...
 
+    def sleep(self) -> None:
+        time.sleep(600)
+
     def begin(self, batch: UpdateBatch, of: int, step: int) -> None:
         if of == 0:
             raise ValueError("out of memory")
@@ -212,6 +275,8 @@ class _Adder:
             self.met.touch()
             if self.fate == "fails":
                 raise ValueError("out of memory")
+            if self.fate == "fails once":
+                raise RuntimeError("CUDA error: uncorrectable ECC error")
             os.kill(os.getpid(), {"dies": signal.SIGKILL, "hangs": signal.SIGSTOP}[self.fate])
         self.total += step
         return UpdateResult(policy_version=self.total, metrics={}), {"total": self.total} if self.rank == 0 else None
@@ -240,11 +305,15 @@ def totals(group: LearnerGroup) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("fate", ["dies", "hangs"])
+@pytest.mark.parametrize("fate", ["dies", "hangs", "fails once"])
 def test_learners_go_on_from_the_last_completed_step(tmp_path: Path, fate: str) -> None:
     group, said = group_of(fate, tmp_path)
     assert totals(group) == [1, 3, 6, 10]
     assert group.restarts == len(said) == 1 and group.state() == {"total": 10}
+    (tmp_path / "met").unlink()  # the updates since then have given back what was used up of ``restarts``
+    for actor in group.actors:
+        ray.get(actor.load_state.remote({"total": 1}))
+    assert group.update(NOTHING, 5).policy_version == 15 and group.restarts == 2
 
 
 def test_learners_that_die_once_too_often_leave_their_state(tmp_path: Path) -> None:
@@ -276,6 +345,21 @@ def test_a_run_that_is_stopped_does_without_a_long_update(tmp_path: Path) -> Non
     assert group.state() == {"total": 3}
     with pytest.raises(Hung):  # it would be the next call after the update
         group.adapter_files()
+
+
+def test_a_run_that_is_stopped_does_without_learners_that_load(tmp_path: Path) -> None:
+    asked = [0.0]
+    group, said = group_of("dies", tmp_path, stopped_s=lambda: asked[0])
+    start, group._start = group._start, lambda rank: start(rank) if asked[0] else _away(start(rank))
+
+    def _away(actor: Any) -> Any:
+        asked[0] = 1000.0
+        actor.sleep.remote()
+        return actor
+
+    with pytest.raises(Hung, match="to stop"):
+        totals(group)
+    assert len(said) == 1 and group.state() == {"total": 3}
 
 
 def test_learners_whose_state_is_lost_with_them_are_not_started_again(tmp_path: Path) -> None:
