@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from grpo_flex import checkpoint, verdicts
 from grpo_flex.config import ConfigError, Judge, RunConfig
 from grpo_flex.config_file import to_json
-from grpo_flex.copied_run import check_writable, is_copy
+from grpo_flex.copied_run import check_writable, is_copy, reason
 from grpo_flex.generators.encodings import report
 from grpo_flex.metrics import METRICS, last_logged
 from grpo_flex.mirror import Mirror
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from grpo_flex.cluster import Cluster
     from grpo_flex.console import Console
+    from grpo_flex.fleet import Stranded
     from grpo_flex.judge_server import JudgeServer
     from grpo_flex.train import Trainer
     from grpo_flex.types import Prompt
@@ -167,6 +168,7 @@ def _assemble(
     """Start everything; the stack stops it again in reverse order. Heavy imports happen here."""
     from grpo_flex.cluster import Cluster
     from grpo_flex.console import Console
+    from grpo_flex.fleet import DIED, Stranded
     from grpo_flex.judge_server import gpus_of
     from grpo_flex.metrics import RunLog
     from grpo_flex.pictures import fps_of
@@ -190,8 +192,12 @@ def _assemble(
     if judge is not None and server is not None:
         endpoints = _check_judge(judge, server.endpoints)
     cluster.ask(endpoints, run_dir)
-    cluster.wait_until_ready()
-    cluster.prepare([*prompts.prompts, *heldout])
+    try:
+        cluster.wait_until_ready()
+        cluster.prepare([*prompts.prompts, *heldout])
+    except (*DIED, Stranded) as error:
+        then = f"python -m grpo_flex train --resume {run_dir}" if state is not None else "start the run anew"
+        raise ValueError(f"{_died(error)}\nonce the cause is gone: {then}") from error
     if kept := config.generator.memory.encodings:
         say(report(kept))
     if state is not None:  # a checkpoint that does not fit is refused here, before any file is touched
@@ -278,12 +284,19 @@ def _run_to_the_end(trainer: Trainer) -> int:
     """The exit status.
 
     Raises:
-        ValueError: a process of the run failed, or its files cannot be written; what could be saved is saved.
+        _Failure: a process of the run failed, or its files cannot be written; what could be saved is saved.
+        Exception: what the experiment's own code raised, after the same.
     """
     try:
         return _to_the_end(trainer)
     except OSError as error:  # a full disk, a permission that was lost
         raise _failure(trainer, error) from error
+    except _Failure:
+        raise
+    except Exception:
+        if trainer.step:
+            trainer.console.note(_kept(trainer))
+        raise
 
 
 def _to_the_end(trainer: Trainer) -> int:
@@ -332,15 +345,23 @@ def _saved(trainer: Trainer) -> bool:
     return True
 
 
-def _failure(trainer: Trainer, error: RayError | OSError) -> ValueError:
+class _Failure(ValueError):
+    """A run that ended; the message says why, what is kept and how to go on."""
+
+
+def _failure(trainer: Trainer, error: RayError | OSError) -> _Failure:
     """What the user is told of what ended the run; the completed steps are saved where that is possible."""
-    return ValueError(f"{_died(error)}\n{_kept(trainer)}")
+    return _Failure(f"{_died(error)}\n{_kept(trainer)}")
 
 
-def _died(error: RayError | OSError) -> str:
+def _died(error: RayError | OSError | Stranded) -> str:
     """What went wrong, in words."""
     from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
+    from grpo_flex.fleet import Stranded
+
+    if isinstance(error, Stranded):
+        return str(error)
     cause = error.cause if isinstance(error, RayTaskError) else error
     died = isinstance(cause, RayError)
     what = f"a process of the run died: {_first_line(cause)}" if died else f"{type(cause).__name__}: {cause}"
@@ -377,7 +398,10 @@ def _finish(run_dir: Path, config: RunConfig, status: int, mirror: Mirror | None
     from grpo_flex.report import write_report
     from grpo_flex.status import summary
 
-    write_report(run_dir)
+    try:
+        write_report(run_dir)
+    except Exception as error:  # the run is complete or saved, whatever its pictures are like
+        say(f"the report could not be written ({reason(error)}); python -m grpo_flex report {run_dir} makes it")
     if mirror is not None:
         mirror.finish()
     again = f"python -m grpo_flex train --resume {run_dir}"

@@ -288,9 +288,12 @@ class Trainer:
 
     def regress(self, numbers: Mapping[str, float]) -> Regress | None:
         """Whether held-out samples got worse for so long that ``evaluation.stop_after`` ends the run."""
-        config, rows = self.config.evaluation, read_metrics(self.log.run_dir)
+        config = self.config.evaluation
+        if not config.stop_after or not self._to_evaluate():  # a long run's metrics take a while to read
+            return None
+        rows = read_metrics(self.log.run_dir)
         key = config.stop_on or headline_key(rows)
-        if not config.stop_after or key is None or key not in numbers:
+        if key is None or key not in numbers:
             return None
         return regress(rows, key, config.stop_after, config.stop_drop)
 

@@ -11,7 +11,7 @@ import pytest
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
-from grpo_flex import checkpoint, run
+from grpo_flex import checkpoint, report, run, status
 from grpo_flex.config import Adapter, Checkpoint, Optimizer
 from grpo_flex.fleet import Stranded
 from grpo_flex.judge_server import JudgeAway
@@ -131,6 +131,32 @@ def test_a_task_that_fails_is_an_error_after_a_checkpoint(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"RuntimeError: CUDA is out of memory(.|\n)*--resume"):
         end(stand)
     assert stand.done == ["checkpoint"]
+
+
+def test_a_fault_of_the_experiments_own_code_loses_no_step(tmp_path: Path) -> None:
+    stand = Stand(tmp_path, ZeroDivisionError("in somebody's reward"))
+    with pytest.raises(ZeroDivisionError):  # with its traceback: whoever wrote it needs that
+        end(stand)
+    assert stand.done == ["checkpoint"] and "--resume" in stand.notes[-1]
+    stand = Stand(tmp_path, ZeroDivisionError("at once"))
+    stand.step = 0
+    with pytest.raises(ZeroDivisionError):
+        end(stand)
+    assert stand.done == [] and stand.notes == []
+
+
+def test_a_report_that_cannot_be_written_changes_no_status_and_the_copy_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def cut_off(run_dir: Path) -> None:
+        raise OSError("image file is truncated")
+
+    monkeypatch.setattr(report, "write_report", cut_off)
+    monkeypatch.setattr(status, "summary", lambda *_, **__: None)
+    done: list[str] = []
+    mirror: Any = SimpleNamespace(finish=lambda: done.append("copied"))
+    run._finish(tmp_path, cast(Any, SimpleNamespace(steps=3)), run.RESUME_ME, mirror)
+    assert done == ["copied"] and "image file is truncated" in capsys.readouterr().out
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device", "runs/tiny/samples/step_00003.png")
