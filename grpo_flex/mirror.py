@@ -112,11 +112,12 @@ class Mirror:
         self._number += 1  # anew for another try too: the manifest of one that failed may be there all the same
         old, files = self._done, dict[str, Stored]()
         write_record(self._run_dir, old, self._copy.url)  # before the copy is one, so that the two know each other
-        for name, (size, mtime_ns) in snapshot.files.items():
+        for name, seen in snapshot.files.items():
             before = old.files.get(name)
-            if before and (before.size, before.mtime_ns) == (size, mtime_ns):
+            if before and (before.size, before.mtime_ns) == (seen.st_size, seen.st_mtime_ns):
                 files[name] = before
-            elif source := snapshot.open(name):
+            elif opened := snapshot.open(name):
+                source, size, mtime_ns = opened
                 at = f"{name}.copy{self._number}" if before else name
                 with source:
                     files[name] = Stored(at=at, size=self._copy.write(at, source, size), mtime_ns=mtime_ns)
@@ -150,23 +151,28 @@ _CHECKPOINT = re.compile(r"checkpoints/step_\d+/[^/]+")
 class _Snapshot:
     """What a run's directory held at one moment.
 
-    Checkpoints are held open, which keeps what is in them although they may be thinned out while they are copied. Every
-    other file stays, or is read as it is by then: lines that came later are cut off by a resume.
+    Checkpoints are held open, which keeps what is in them although they may be thinned out while they are copied. Of every
+    other file as much is read as there was, for it may be growing: lines that came later are cut off by a resume. One that
+    was replaced meanwhile, such as a picture by that of the next evaluation, is read as it is by then.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
         self.step = newest_step(run_dir)
-        self.files = {name: (s.st_size, s.st_mtime_ns) for name, s in _files(run_dir).items()}
+        self.files = _files(run_dir)
         held = (name for name in self.files if name.startswith("checkpoints/"))
         self._held: dict[str, BinaryIO] = {name: (run_dir / name).open("rb") for name in held}
 
-    def open(self, name: str) -> BinaryIO | None:
-        """None for a file that is gone by now."""
+    def open(self, name: str) -> tuple[BinaryIO, int, int] | None:
+        """A file, how much of it to read, and its time of change in ns; None for one that is gone by now."""
         try:
-            return self._held.pop(name, None) or (self._run_dir / name).open("rb")
+            source = self._held.pop(name, None) or (self._run_dir / name).open("rb")
         except FileNotFoundError:
             return None
+        seen, now = self.files[name], os.fstat(source.fileno())
+        if not os.path.samestat(seen, now):
+            seen = now
+        return source, seen.st_size, seen.st_mtime_ns
 
     def close(self) -> None:
         for file in self._held.values():

@@ -18,7 +18,7 @@ import torch
 from grpo_flex import checkpoint, copied_run
 from grpo_flex.config import ConfigError, RunConfig
 from grpo_flex.copied_run import MANIFEST, RECORD, Copy, Manifest, MirrorError, check_writable, locked
-from grpo_flex.mirror import Mirror
+from grpo_flex.mirror import Mirror, _Snapshot
 from grpo_flex.run_dir import new_run_dir
 from grpo_flex.status import status
 
@@ -223,6 +223,28 @@ def test_a_file_that_grows_while_it_is_copied_has_the_size_of_the_manifest(
     Mirror(str(place), run_dir, Told()).finish()
     monkeypatch.undo()
     assert brought_back(place, tmp_path / "back") == before
+
+
+def test_a_picture_that_is_replaced_while_it_is_copied_is_copied_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the next evaluation's is larger than what there was to begin with."""
+    run_dir, place = tmp_path / "runs" / "one", tmp_path / "mirror"
+    advance(run_dir, 1)
+    picture, real = run_dir / "samples" / "after.png", _Snapshot.open
+    picture.parent.mkdir(exist_ok=True)
+    picture.write_bytes(b"small")
+
+    def replaced(self: _Snapshot, name: str) -> Any:
+        if name == "samples/after.png":
+            picture.with_suffix(".part").write_bytes(b"a larger one")
+            picture.with_suffix(".part").replace(picture)
+        return real(self, name)
+
+    monkeypatch.setattr(_Snapshot, "open", replaced)
+    Mirror(str(place), run_dir, Told()).finish()
+    back = brought_back(place, tmp_path / "back")
+    assert back["samples/after.png"] == b"a larger one"
 
 
 def spoil(name: str, text: bytes | None) -> Callable[[Path], None]:
