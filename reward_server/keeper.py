@@ -29,12 +29,15 @@ class Kept:
     Args:
         command: What to run.
         environment: Its whole environment.
-        log: Where its output goes; the folder is made.
+        log: Where its output goes; the folder is made. What is there of an earlier one, which may say why it ended, is kept
+            as ``<log>.1``.
     """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
+        if log.exists():
+            log.replace(log.with_name(f"{log.name}.1"))
         with log.open("wb") as file:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(GRACE_S), *command],

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from reward_server import keeper, machine, on_ray
 from reward_server.__main__ import main
 from reward_server.ask import FAMILIES
 from reward_server.families.flex import Flex
+from reward_server.keeper import Kept
 from reward_server.presets import PRESETS
 from reward_server.serve import VllmJudge, command, end_of_log, environment
 from tests.fake_vllm import fake_judge, living, pids, started
@@ -411,3 +413,13 @@ def test_the_log_shows_errors_that_stand_further_up(tmp_path: Path) -> None:
     assert "the cause" in end_of_log(log) and end_of_log(log).count("line") == 12
     log.write_bytes(b"\xff\n")
     assert str(log) in end_of_log(log)
+
+
+def test_a_start_keeps_the_log_of_the_one_before(tmp_path: Path) -> None:
+    """It says why that one ended."""
+    log = tmp_path / "judge_0.log"
+    for word in ("first", "second"):
+        kept = Kept(["/bin/echo", word], dict(os.environ), log)
+        while kept.alive():
+            time.sleep(0.05)
+    assert (log.read_text(), log.with_name("judge_0.log.1").read_text()) == ("second\n", "first\n")
