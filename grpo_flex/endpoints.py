@@ -7,26 +7,23 @@ asks ``GET /v1/models`` every ``probe_s`` seconds; the first answer that lists t
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import http.client
 import json
 import math
 import time
 import urllib.error
 import urllib.request
-import zlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from reward_server.chat import base_url, model_names
+
 if TYPE_CHECKING:
     import aiohttp
-
-
-def base_url(url: str) -> str:
-    """The API's root: "http://host:8000" becomes "http://host:8000/v1"."""
-    url = url.rstrip("/")
-    return url if url.partition("://")[2].count("/") else url + "/v1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +117,7 @@ class EndpointPool:
         usable = [e for e in usable if e is not avoid] or usable
         least = min(e.in_flight for e in usable)
         near = [e for e in usable if e.in_flight <= least + self._slack]
-        return max(near, key=lambda e: zlib.crc32(f"{e.url} {affinity}".encode()))
+        return max(near, key=lambda e: hashlib.blake2b(f"{e.url} {affinity}".encode(), digest_size=8).digest())
 
     def report(self, endpoint: Endpoint, alive: bool) -> None:
         """Books the outcome of a request: whether the server showed itself alive."""
@@ -168,15 +165,9 @@ async def is_alive(session: aiohttp.ClientSession, url: str, model: str, timeout
 
     try:
         async with asyncio.timeout(max(1.0, timeout_s)), session.get(url + "/models") as response:
-            return response.status == 200 and model in _models(json.loads(await response.read()))
+            return response.status == 200 and model in model_names(json.loads(await response.read()))
     except (TimeoutError, aiohttp.ClientError, ValueError, RecursionError):
         return False
-
-
-def _models(listed: object) -> list[object]:
-    """The names in a reply to ``GET /models``; none where it is no such reply."""
-    entries = listed.get("data") if isinstance(listed, dict) else None
-    return [m.get("id") for m in entries if isinstance(m, dict)] if isinstance(entries, list) else []
 
 
 _CACHES = ("prefix_cache", "mm_cache")
@@ -226,7 +217,7 @@ class JudgeUnreachable(ValueError):
 def check_endpoints(
     urls: Sequence[str], model: str, headers: Mapping[str, str] | None = None, timeout_s: float = 5.0
 ) -> list[str]:
-    """Asks each endpoint once for its models, before anything expensive starts; blocking, seconds at most.
+    """Asks each endpoint once for its models, before anything expensive starts; blocking, ``timeout_s`` at most.
 
     Returns:
         A complaint for each endpoint that cannot be used while another one can.
@@ -234,7 +225,9 @@ def check_endpoints(
     Raises:
         JudgeUnreachable: none can be used.
     """
-    complaints = [f"{base_url(url)}: {c}" for url in urls if (c := _complaint(url, model, headers, timeout_s))]
+    with ThreadPoolExecutor(max(1, len(urls))) as together:
+        said = list(together.map(lambda url: _complaint(url, model, headers, timeout_s), urls))
+    complaints = [f"{base_url(url)}: {complaint}" for url, complaint in zip(urls, said, strict=True) if complaint]
     if len(complaints) < len(urls):
         return complaints
     tried = "\n".join(f"  {c}" for c in complaints) or "  no endpoint is configured"
@@ -261,5 +254,5 @@ def _complaint(url: str, model: str, headers: Mapping[str, str] | None, timeout_
         return str(error)
     except (ValueError, RecursionError, http.client.HTTPException):
         return "answers, but not as an OpenAI-compatible server does"
-    names = _models(listed)
-    return "" if model in names else f"serves {', '.join(map(str, names)) or 'no model'}, not {model!r}"
+    names = model_names(listed)
+    return "" if model in names else f"serves {', '.join(names) or 'no model'}, not {model!r}"

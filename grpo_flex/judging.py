@@ -8,16 +8,15 @@ problem. Nothing that goes wrong with the judge raises, and nothing becomes a 0 
 from __future__ import annotations
 
 import asyncio
-import base64
 import hashlib
-import io
 import json
 import os
 import random
+import re
 import time
+import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +39,7 @@ from grpo_flex.rewards import overall_answers
 from grpo_flex.sources import fitted_source
 from grpo_flex.types import Prompt, RolloutGroup, Verdict, VerdictStatus
 from grpo_flex.verdicts import VerdictLog
+from reward_server import chat
 from reward_server.families.base import Completion
 from reward_server.families.rank_and_score import by_candidates
 
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
 __all__ = ["JudgeClient", "JudgeUnreachable", "check_endpoints"]
 
+_MARK = uuid.uuid4().hex
+"""Stands for pictures in a request's text: no prompt holds it."""
 SAID_LONGEST = 500
 """Characters that are kept of a server's refusal: vLLM says in them what was wrong with the question."""
 
@@ -215,7 +217,9 @@ class JudgeClient:
         start = time.monotonic()
         pool = self._connected()
         while True:
-            alive = [e for e in pool.endpoints if await is_alive(self._session, e.url, self.judge_config.model, 2.0)]
+            model = self.judge_config.model
+            said = await asyncio.gather(*(is_alive(self._session, e.url, model, 2.0) for e in pool.endpoints))
+            alive = [e for e, answers in zip(pool.endpoints, said, strict=True) if answers]
             for endpoint in alive:
                 pool.revive(endpoint)
             waited = time.monotonic() - start
@@ -273,7 +277,7 @@ class JudgeClient:
         if not self.judge_config.family.sources:
             return []
         height, width = (await media_G[0]).shape[1:3]
-        return [[_data_url(await asyncio.to_thread(fitted_source, prompt, width, height))]]
+        return [[chat.data_url(await asyncio.to_thread(fitted_source, prompt, width, height))]]
 
     # ------------------------------------------------------------ one question
 
@@ -362,15 +366,19 @@ class JudgeClient:
         return self._pool
 
     def _body(self, question: _Question, media: list[list[str]]) -> bytes:
+        """The request. Its pictures, megabytes that need no escaping, are set into the text of the rest."""
         config, family = self.judge_config, self._family(question)
+        urls = [url for shown in media for url in shown]
+        marks = iter(f"{_MARK}{k};" for k in range(len(urls)))
         body = {
             "model": config.model,
-            "messages": family.request(question.prompt.text, media),
+            "messages": family.request(question.prompt.text, [[next(marks) for _ in shown] for shown in media]),
             "temperature": config.temperature,
             "seed": request_seed(config.seed, question.step, question.prompt.id, question.members),
             "max_tokens": config.max_tokens,
         }
-        return json.dumps(body | self._options[len(question.members)]).encode()
+        pieces = re.split(rf"{_MARK}(\d+);", json.dumps(body | self._options[len(question.members)]))
+        return "".join(urls[int(piece)] if k % 2 else piece for k, piece in enumerate(pieces)).encode()
 
     def _family(self, question: _Question) -> Family:
         return self._families[len(question.members)]
@@ -400,34 +408,20 @@ class JudgeClient:
                 problem=f"HTTP {response.status}",
                 retry=response.status >= 500,
                 elsewhere=response.status in (401, 403, 404),
-                said=_refusal(content),
+                said=chat.said(content)[:SAID_LONGEST],
             )
         return self._completed(content)
 
     def _completed(self, content: bytes) -> _Outcome:
         try:
-            reply = json.loads(content)
-            choice = reply["choices"][0]
-            text = choice["message"].get("content")
-            if not isinstance(text, str | None):
-                raise TypeError("content is no text")
-            completion = Completion(
-                text=text or "",
-                finish_reason=str(choice.get("finish_reason") or ""),
-                first_token=_first_token(choice),
-            )
-            usage = reply.get("usage") or {}
-            self._count_tokens(usage)
-            tokens = int(usage.get("completion_tokens") or 0)
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, OverflowError):
-            return _Outcome(status="failed", problem="not a chat completion", elsewhere=True, said=_refusal(content))
-        return _Outcome(status="ok", completion=completion, tokens=tokens)
-
-    def _count_tokens(self, usage: Mapping[str, Any]) -> None:
-        self._counts["prompt_tokens"] += int(usage.get("prompt_tokens") or 0)
-        details = usage.get("prompt_tokens_details") or {}
-        if details.get("cached_tokens") is not None:
-            self._counts["cached_tokens"] += int(details["cached_tokens"])
+            got = chat.received(content)
+        except ValueError:
+            said = chat.said(content)[:SAID_LONGEST]
+            return _Outcome(status="failed", problem="not a chat completion", elsewhere=True, said=said)
+        self._counts["prompt_tokens"] += got.prompt_tokens
+        if got.cached_tokens is not None:
+            self._counts["cached_tokens"] += got.cached_tokens
+        return _Outcome(status="ok", completion=got.completion, tokens=got.tokens)
 
     def _read(self, question: _Question, outcome: _Outcome) -> Verdict:
         if outcome.completion is None:
@@ -451,20 +445,6 @@ async def _done(media: np.ndarray) -> np.ndarray:
     return media
 
 
-def _refusal(content: bytes) -> str:
-    """The message in OpenAI's form of an error, or else the beginning of whatever was sent."""
-    text = content.decode(errors="replace")
-    with suppress(ValueError, TypeError, LookupError, RecursionError):
-        text = str(json.loads(content)["error"]["message"])
-    return text[:SAID_LONGEST]
-
-
-def _first_token(choice: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
-    """(token, log-probability) of the likeliest first tokens, where the reply carries them."""
-    content = (choice.get("logprobs") or {}).get("content") or []
-    return tuple((str(t["token"]), float(t["logprob"])) for t in content[0]["top_logprobs"]) if content else ()
-
-
 def request_seed(seed: int, step: int, prompt_id: str, members: tuple[int, ...]) -> int:
     """A 31-bit sampling seed of its own for each question, the same in every run."""
     digest = hashlib.blake2b(f"{seed} {step} {prompt_id} {members}".encode(), digest_size=4).digest()
@@ -475,22 +455,5 @@ def encode_media(media: np.ndarray, frames: int) -> list[str]:
     """Data URLs (PNG) of ``frames`` uniformly spaced frames of uint8 [F, H, W, 3], or of all if there are fewer."""
     from PIL import Image
 
-    chosen = frame_indices(len(media), frames)
-    return [_data_url(Image.fromarray(np.ascontiguousarray(media[i]))) for i in chosen]
-
-
-def frame_indices(available: int, wanted: int) -> list[int]:
-    """Uniformly spaced frame numbers, first and last included.
-
-    >>> frame_indices(33, 8), frame_indices(5, 1), frame_indices(3, 8)
-    ([0, 5, 9, 14, 18, 23, 27, 32], [2], [0, 1, 2])
-    """
-    if wanted == 1:
-        return [available // 2]
-    return sorted({round(float(x)) for x in np.linspace(0, available - 1, min(wanted, available))})
-
-
-def _data_url(image: Any) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)  # speed: the judge is near, and noise does not compress
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    chosen = chat.frame_indices(len(media), frames)
+    return [chat.data_url(Image.fromarray(np.ascontiguousarray(media[i]))) for i in chosen]

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
-from grpo_flex.judging import frame_indices
 from grpo_flex.types import Prompt, Verdict
+from reward_server.chat import frame_indices
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import http.client
-import io
 import json
 import re
 import time
@@ -17,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from reward_server import machine
-from reward_server.families.base import FIRST, TIE, ChatFamily, Completion, Reply, json_object, side
+from reward_server.chat import base_url, data_url, frame_indices, model_names, received, said
+from reward_server.families.base import FIRST, TIE, ChatFamily, Reply, json_object, side
 from reward_server.families.edit import EditPair, EditPoint
 from reward_server.families.flex import Flex
 from reward_server.families.generic import GenericPair, GenericPoint
@@ -208,32 +207,13 @@ def read_video(path: str, frames: int) -> list[Image.Image]:
         raise ValueError(
             f"the video {path!r} was cut short: it holds {len(clip)} of about {promised:.0f} frames; copy it again"
         )
-    return [clip[k] for k in sampled(len(clip), frames)]
+    return [clip[k] for k in frame_indices(len(clip), frames)]
 
 
 def _why(error: Exception) -> str:
     """ffmpeg's last line without its banner, and what it means where an mp4's end is missing."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
     return f"{line} (it was cut short: its end, with the index, is missing)" if "moov atom" in str(error) else line
-
-
-def sampled(available: int, wanted: int) -> list[int]:
-    """Frame numbers, the same as the trainer's client chooses.
-
-    >>> sampled(33, 8), sampled(5, 1)
-    ([0, 5, 9, 14, 18, 23, 27, 32], [2])
-    """
-    if wanted == 1:
-        return [available // 2]
-    count = min(wanted, available)
-    return sorted({round(k * (available - 1) / max(1, count - 1)) for k in range(count)})
-
-
-def data_url(image: Image.Image) -> str:
-    """The picture as PNG, in the form in which chat requests carry it."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 # ---------------------------------------------------------------- asking
@@ -243,8 +223,7 @@ def served_model(endpoint: str) -> str:
     """The first model that the server lists. Raises ValueError where nobody answers."""
     url, key = _base(endpoint) + "/models", _key()
     try:
-        listed = json.loads(machine.get(url, key))
-        return str(listed["data"][0]["id"])
+        return model_names(json.loads(machine.get(url, key)))[0]
     except urllib.error.HTTPError as error:
         raise ValueError(_refused(endpoint, error)) from error
     except OSError as error:
@@ -294,26 +273,17 @@ def ask(asked: Comparison, family: ChatFamily, model: str, media: Sequence[Seque
 def read_answer(content: bytes, family: ChatFamily, endpoint: str, seconds: float) -> Answer:
     """The answer in a server's response. Raises ValueError where that is no chat completion."""
     try:
-        completion = json.loads(content)
-        choice = completion["choices"][0]
-        text, finish_reason = choice["message"].get("content") or "", choice.get("finish_reason") or ""
-        if not (isinstance(text, str) and isinstance(finish_reason, str)):
-            raise TypeError("the reply is no text")
-        first = ((choice.get("logprobs") or {}).get("content") or [{"top_logprobs": []}])[0]["top_logprobs"]
-        likeliest = tuple((str(t["token"]), float(t["logprob"])) for t in first)
-        usage = completion.get("usage") or {}
-        tokens, prompt_tokens = (int(usage.get(name) or 0) for name in ("completion_tokens", "prompt_tokens"))
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        got = received(content)
+    except ValueError as error:
         raise ValueError(f"{endpoint} answers, but not with a chat completion: {content[:200]!r}") from error
-    read = Completion(text=text, finish_reason=finish_reason, first_token=likeliest)
     return Answer(
-        reply=family.read(read),
-        text=text,
-        tokens=tokens,
+        reply=family.read(got.completion),
+        text=got.completion.text,
+        tokens=got.tokens,
         seconds=seconds,
-        prompt_tokens=prompt_tokens,
-        finish_reason=read.finish_reason,
-        first_token=likeliest,
+        prompt_tokens=got.prompt_tokens,
+        finish_reason=got.completion.finish_reason,
+        first_token=got.completion.first_token,
     )
 
 
@@ -321,8 +291,7 @@ def _base(endpoint: str) -> str:
     """ "http://host:8000" and "http://host:8000/v1/" mean the same. Raises ValueError for what is no address."""
     if not _is_address(endpoint):
         raise ValueError(f"the endpoint {endpoint!r} is no address: --endpoint needs one such as http://HOST:PORT/v1")
-    url = endpoint.rstrip("/")
-    return url if url.partition("://")[2].count("/") else url + "/v1"
+    return base_url(endpoint)
 
 
 def _is_address(url: str) -> bool:
@@ -345,22 +314,16 @@ def _unreachable(endpoint: str, error: OSError) -> str:
 
 def _refused(endpoint: str, error: urllib.error.HTTPError) -> str:
     try:
-        said = error.read(2000)
+        content = error.read(2000)
     except (OSError, http.client.HTTPException):
-        said = b""  # it broke off: the status is all there is to tell
-    return refusal(endpoint, error.code, said)
+        content = b""  # it broke off: the status is all there is to tell
+    return refusal(endpoint, error.code, content)
 
 
 def refusal(endpoint: str, status: int, content: bytes) -> str:
     """What a server said that refused, for the user."""
-    said = content.decode(errors="replace")
-    try:
-        parsed = json.loads(said)
-        said = str((parsed.get("error") or parsed)["message"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass  # then as it came
     hint = f"; is {KEY_NAME} set to the judge's key?" if status in (401, 403) else ""
-    return f"the judge at {endpoint} refuses: HTTP {status} {said}{hint}"
+    return f"the judge at {endpoint} refuses: HTTP {status} {said(content)}{hint}"
 
 
 # ---------------------------------------------------------------- showing

@@ -21,7 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from reward_server.ask import VIDEO_ENDINGS, data_url, open_picture, read_video, sampled
+from reward_server.ask import VIDEO_ENDINGS, open_picture, read_video
+from reward_server.chat import data_url, frame_indices
 from reward_server.families.base import Medium
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def pictures(paths: Sequence[str], frames: int = FRAMES) -> list[Image.Image]:
             raise ValueError(f"the file {path!r} is not there")
     if len(paths) == 1 and is_video(paths[0]):
         return read_video(paths[0], frames)
-    return [open_picture(paths[k]) for k in sampled(len(paths), frames)]
+    return [open_picture(paths[k]) for k in frame_indices(len(paths), frames)]
 
 
 def picture_urls(paths: Sequence[str], frames: int = FRAMES) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from reward_server.ask import sampled
+from reward_server.chat import frame_indices
 from testbed import clips as world
 from testbed.clips import DIRECTIONS, FRAMES, SIDE, SPEEDS, Description, Kind, pick
 from testbed.judge_data import SIBLINGS, MediaBank, Pair, pair_of, siblings, to_bytes
@@ -25,7 +25,7 @@ from testbed.scenes import BACKGROUNDS, COLOURS, NOVEL_PAIRS, SHAPES, load_promp
 from testbed.video_judge_trace import JudgedClip, judged
 from testbed.video_oracle import ClipReading, read_clip
 
-SEEN = sampled(FRAMES, CLIPS.pictures)
+SEEN = frame_indices(FRAMES, CLIPS.pictures)
 """The frames that a judge is shown."""
 SAMPLED = 0.6
 """Share of the generator's samples among clips, where it is there."""

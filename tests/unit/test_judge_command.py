@@ -16,10 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from grpo_flex.judging import frame_indices
 from reward_server import machine
 from reward_server.__main__ import main
-from reward_server.ask import FAMILIES, Answer, data_urls, read_answer, refusal, rows, sampled
+from reward_server.ask import FAMILIES, Answer, data_urls, read_answer, refusal, rows
 from reward_server.asking import Asker, Endpoint
 from reward_server.families.base import Reply
 from reward_server.families.edit import EditPoint
@@ -260,12 +259,6 @@ def test_a_refusal_is_passed_on(endpoint: str, files: dict[str, str], capsys: py
     words = ["--endpoint", endpoint, "--family", "edit", "--source", files["right.png"]]
     assert judge(files, "right.png", "wrong.png", *words) == 2
     assert "refuses: HTTP 400 3 pictures do not make two candidates" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("wanted", [1, 8, 16])
-def test_frames_are_sampled_as_in_training(wanted: int) -> None:
-    for available in range(1, 100):
-        assert sampled(available, wanted) == frame_indices(available, wanted)
 
 
 def test_every_family_can_be_shown() -> None:

@@ -20,13 +20,14 @@ from aiohttp import web
 from PIL import Image
 
 from grpo_flex.config import Judge
-from grpo_flex.endpoints import EndpointPool, base_url
+from grpo_flex.endpoints import EndpointPool
 from grpo_flex.judge_figures import answered, judge_metrics, judged_share, kendall_w, mostly, what_to_mend
 from grpo_flex.judging import JudgeClient, JudgeUnreachable, check_endpoints, encode_media, request_seed
 from grpo_flex.pairing import RoundRobin, Swiss
 from grpo_flex.rewards import Pointwise, Several, WinRate
 from grpo_flex.types import Prompt, RolloutGroup, Trajectories, Verdict
 from grpo_flex.verdicts import drop_from_step, read_verdicts
+from reward_server.chat import base_url
 from reward_server.families.edit import EditPair
 from reward_server.families.flex import Flex
 from reward_server.families.rank_and_score import RankAndScore
