@@ -57,6 +57,11 @@ class JudgeServer:
         alive = getattr(self._handle, "alive", None)
         return alive is not None and not alive()
 
+    def tend(self) -> list[str]:
+        """Let the handle start those of several replicas again that have ended, if it can; a text for each."""
+        tend = getattr(self._handle, "tend", None)
+        return tend() if tend and not self.ended else []
+
     def start_again(self) -> str:
         """One more start at the same address; blocks until it answers, and returns "" or why it did not come up.
 

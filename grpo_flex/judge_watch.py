@@ -77,9 +77,13 @@ class JudgeWatch:
         self.count("away_s", time.monotonic() - away_since if away_since else 0.0)
 
     def tend(self) -> None:
-        """Tells ``status`` of the endpoints, and starts the run's own judge again once its process has ended."""
+        """Tells ``status`` of the endpoints, and starts the run's own judge, or one of its replicas, again that has ended."""
         endpoints = self._cluster.judge_states()
         self._console.judge({e.url: str(e) for e in endpoints})
+        if self._server is not None and self._revival is None and any(not e.healthy for e in endpoints):
+            for lost in self._server.tend():
+                self._console.note(f"the judge's {lost}")
+                self.count("restarts", 1)
         if self._revival is not None or (endpoints and not any(e.healthy for e in endpoints)):
             self._revive()
 

@@ -142,7 +142,7 @@ def _serve(arguments: argparse.Namespace, extra: list[str]) -> int:
     try:
         _announce(hosted, judge, arguments.ready_file, time.monotonic() - start)
         while hosted.alive():
-            for loss in hosted.losses():
+            for loss in hosted.tend():
                 _note(loss)
             time.sleep(1)
     except KeyboardInterrupt:
@@ -152,7 +152,7 @@ def _serve(arguments: argparse.Namespace, extra: list[str]) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave half a stop
         hosted.stop()
-    raise ValueError("\n".join(["no replica is left", *hosted.losses()]))
+    raise ValueError("\n".join(["no replica is left", *hosted.tend()]))
 
 
 def _wanted(arguments: argparse.Namespace, extra: list[str]) -> VllmJudge:

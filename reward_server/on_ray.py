@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from reward_server import machine
-from reward_server.serve import Replica, VllmJudge, end_of_log, tensor_parallel
+from reward_server.serve import Replica, Revivals, VllmJudge, end_of_log, tensor_parallel
 
 
 class ReplicaActor:
@@ -48,7 +48,12 @@ class ReplicaActor:
         kept = self.replica.kept if self.replica else None
         if kept is None or kept.alive():
             return ""
-        return f"it has ended with status {kept.status}; {end_of_log(kept.log)}"
+        return f"has ended with status {kept.status}; {end_of_log(kept.log)}"
+
+    def again(self) -> None:
+        """Starts the server once more where it was; does not wait."""
+        if self.replica:
+            self.replica.again()
 
     def stop(self) -> None:
         if self.replica:
@@ -72,7 +77,7 @@ class RayJudge:
             self._ray.shutdown()
             raise
         self.reserved = (", ".join(f"{n:g} {kind}" for kind, n in asked.items()) or "-",) * judge.replicas
-        self._told: set[int] = set()
+        self._revivals = Revivals(judge.replicas)
         self._actors = [self._seated(k, asked) for k in range(judge.replicas)]
         try:
             first = judge.port or self._first_port(judge)
@@ -150,24 +155,32 @@ class RayJudge:
         )
 
     def alive(self) -> bool:
-        return len(self._told) < len(self._actors)
+        return bool(self._revivals.left())
 
-    def losses(self) -> list[str]:
-        """A text for each replica that has ended by itself, told once."""
+    def tend(self) -> list[str]:
+        """Start replicas again that have ended by themselves; a text for each that has ended.
+
+        One whose actor is gone, with its node, would come up at another address, which nobody asks: it is given up.
+        """
         found = []
-        for k, actor in enumerate(self._actors):
-            if k not in self._told and (loss := self._loss(actor)):
-                self._told.add(k)
-                found.append(f"replica {k}: {loss}")
+        for k in self._revivals.left():
+            why, there = self._loss(self._actors[k])
+            if why and there and self._revivals.take(k):
+                self._actors[k].again.remote()
+                found.append(f"replica {k} is started again: it {why}")
+            elif why:
+                self._revivals.give_up(k)
+                found.append(f"replica {k} {why}")
         return found
 
-    def _loss(self, actor: Any) -> str:
+    def _loss(self, actor: Any) -> tuple[str, bool]:
+        """What happened to a replica, or nothing, and whether its actor is there."""
         try:
-            return self._ray.get(actor.loss.remote(), timeout=30)
+            return self._ray.get(actor.loss.remote(), timeout=30), True
         except self._ray.exceptions.GetTimeoutError:
-            return ""  # a busy cluster is no loss
+            return "", True  # a busy cluster is no loss
         except self._ray.exceptions.RayError as error:
-            return f"its actor is gone: {str(error).strip().splitlines()[0]}"
+            return f"has lost its actor: {str(error).strip().splitlines()[0]}", False
 
     def stop(self) -> None:
         """Stops every server, then the actors and this process's part in the cluster."""

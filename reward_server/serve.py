@@ -13,9 +13,10 @@ import re
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -175,19 +176,29 @@ class Hosted(Protocol):
         """Whether any replica still runs; that it answers is for the client to find out."""
         ...
 
-    def losses(self) -> list[str]:
-        """A text for each replica that has ended by itself, told once."""
+    def tend(self) -> list[str]:
+        """Start replicas again that have ended by themselves while others run; a text for each that has ended."""
         ...
 
     def stop(self) -> None: ...
 
 
 class RunningJudge:
-    """Started servers: ``endpoints``, ``reserved``, ``pid``, ``alive()`` and ``stop()``; also a context manager."""
+    """Started servers: ``endpoints``, ``reserved``, ``pid``, ``alive()``, ``tend()`` and ``stop()``; also a context manager.
 
-    def __init__(self, kept: Sequence[Kept], endpoints: Sequence[str], reserved: Sequence[str]) -> None:
-        self._kept = list(kept)
-        self._told: set[int] = set()
+    Args:
+        again: For each replica, what starts it again where it was; empty: none is.
+    """
+
+    def __init__(
+        self,
+        kept: Sequence[Kept],
+        endpoints: Sequence[str],
+        reserved: Sequence[str],
+        again: Sequence[Callable[[], Kept]] = (),
+    ) -> None:
+        self._kept, self._again = list(kept), again
+        self._revivals = Revivals(len(kept))
         self.endpoints = tuple(endpoints)
         self.reserved = tuple(reserved)
         self.pids = tuple(k.pid for k in kept)
@@ -198,11 +209,19 @@ class RunningJudge:
         """Whether any replica still runs; that it answers is for the client to find out."""
         return any(k.alive() for k in self._kept)
 
-    def losses(self) -> list[str]:
-        """A text for each replica that has ended by itself, told once."""
-        new = [k for k in self._kept if not k.alive() and k.pid not in self._told]
-        self._told |= {k.pid for k in new}
-        return [f"a replica has ended with status {k.status}; {end_of_log(k.log)}" for k in new]
+    def tend(self) -> list[str]:
+        """Start replicas again that have ended by themselves while others run; a text for each that has ended."""
+        found = []
+        for k in self._revivals.left():
+            if not (kept := self._kept[k]).alive():
+                why = f"has ended with status {kept.status}; {end_of_log(kept.log)}"
+                if self._again and self.alive() and self._revivals.take(k):
+                    self._kept[k] = self._again[k]()
+                    found.append(f"replica {k} is started again: it {why}")
+                else:
+                    self._revivals.give_up(k)
+                    found.append(f"replica {k} {why}")
+        return found
 
     def stop(self) -> None:
         """Ends every server with all its processes; harmless when they have ended."""
@@ -216,6 +235,28 @@ class RunningJudge:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+class Revivals:
+    """How often each replica may be started again by itself; a run starts a judge of which none is left (``judge.restarts``)."""
+
+    def __init__(self, replicas: int) -> None:
+        self._left = dict.fromkeys(range(replicas), REVIVALS)
+
+    def left(self) -> list[int]:
+        """Replicas that are not given up."""
+        return list(self._left)
+
+    def take(self, k: int) -> bool:
+        """Whether it may be started once more."""
+        self._left[k] -= 1
+        return self._left[k] >= 0
+
+    def give_up(self, k: int) -> None:
+        del self._left[k]
+
+
+REVIVALS = 3
 
 
 def refuse(judge: VllmJudge) -> None:
@@ -310,7 +351,8 @@ def start_here(judge: VllmJudge, log_dir: Path) -> RunningJudge:
             replica.wait(deadline)
         started.pop_all()
     words = [f"GPU {', '.join(gpus)}, beside Ray" if gpus else "-" for gpus in shares]
-    return RunningJudge([r.kept for r in replicas], [r.endpoint for r in replicas], words)
+    again = [replica.again for replica in replicas]
+    return RunningJudge([r.kept for r in replicas], [r.endpoint for r in replicas], words, again)
 
 
 class Replica:
@@ -324,11 +366,17 @@ class Replica:
         port = machine.free_ports(judge.host, port, 1)
         words = [python, *command(judge, model, port, on_gpu)[1:]]
         self._key, self._name, self._on_gpu = key, judge.served_name, on_gpu
-        self.kept = Kept(words, environment(judge, key, offline, gpus, on_gpu), log)
+        self._start = partial(Kept, words, environment(judge, key, offline, gpus, on_gpu), log)
+        self.kept = self._start()
         wildcard = machine.is_wildcard(judge.host)
         outward = (address or machine.outward_address()) if wildcard else judge.host
         self.endpoint = f"http://{_bracketed(outward)}:{port}/v1"
         self._near = f"http://{_bracketed('127.0.0.1' if wildcard else judge.host)}:{port}/v1"
+
+    def again(self) -> Kept:
+        """Starts it once more, at the same address; does not wait."""
+        self.kept = self._start()
+        return self.kept
 
     def wait(self, deadline: float) -> None:
         """Returns when the server answers. Raises ValueError, with the log's end, if it ends or is too slow."""

@@ -21,7 +21,7 @@ from grpo_flex.config import Judge, RunConfig
 from grpo_flex.config_file import from_json, to_json
 from grpo_flex.judge_server import gpus_of
 from grpo_flex.pairing import RoundRobin
-from reward_server import keeper, machine, on_ray
+from reward_server import keeper, machine, on_ray, serve
 from reward_server.__main__ import main
 from reward_server.ask import FAMILIES
 from reward_server.families.flex import Flex
@@ -229,7 +229,7 @@ def test_no_ray_where_it_was_announced(tmp_path: Path) -> None:
 def test_it_starts_answers_and_leaves_nothing(tmp_path: Path) -> None:
     with fake_judge(tmp_path, gpus=(), kv_cache_gb=2).start(tmp_path / "logs") as judge:
         (url,) = judge.endpoints
-        assert b"UnifiedReward" in machine.get(url + "/models") and judge.alive() and judge.losses() == []
+        assert b"UnifiedReward" in machine.get(url + "/models") and judge.alive() and judge.tend() == []
         (known,) = started(tmp_path)
         assert known["environment"]["VLLM_CPU_KVCACHE_SPACE"] == "2"
         assert known["environment"]["HF_HUB_OFFLINE"] == "1"  # a folder: nothing to ask the hub for
@@ -250,10 +250,34 @@ def test_replicas_are_started_again_where_they_were(tmp_path: Path) -> None:
         os.kill(judge.pids[1], signal.SIGTERM)
         assert living([judge.pids[1]], 10) == []
         assert judge.alive() and judge.reserved == ("GPU 5, beside Ray", "GPU 6, beside Ray", "GPU 7, beside Ray")
-        assert "ended with status 0" in judge.losses()[0] and judge.losses() == []
+        (lost,) = judge.tend()
+        assert lost.startswith("replica 1 is started again: it has ended with status 0") and judge.tend() == []
+        url, until = judge.endpoints[1] + "/models", time.monotonic() + 20
+        while not is_there(url) and time.monotonic() < until:
+            time.sleep(0.1)
+        assert is_there(url)
     with replace(settings, port=ports[0]).start(tmp_path / "logs") as again:
         assert again.endpoints == judge.endpoints
     assert living(pids(tmp_path)) == []
+
+
+def is_there(url: str) -> bool:
+    try:
+        return b"UnifiedReward" in machine.get(url)
+    except OSError:
+        return False
+
+
+def test_a_replica_that_ends_again_and_again_is_given_up_and_so_is_the_last_one(tmp_path: Path) -> None:
+    with fake_judge(tmp_path, replicas=2).start(tmp_path / "logs") as judge:
+        told: list[str] = []
+        while not told or "started again" in told[-1]:
+            judge._kept[0].stop()
+            told += judge.tend()
+        assert len(told) == serve.REVIVALS + 1 and judge.alive()
+        judge._kept[1].stop()
+        (last,) = judge.tend()
+        assert last.startswith("replica 1 has ended") and not judge.alive() and judge.tend() == []
 
 
 def ray_at_once() -> Any:
@@ -288,6 +312,11 @@ def test_replicas_on_ray_are_started_again_where_they_were(tmp_path: Path, monke
     monkeypatch.setattr(on_ray.ReplicaActor, "has_free", has_free)
     settings = fake_judge(tmp_path, ray_address="10.0.0.1:6379", replicas=2)
     judge = on_ray.RayJudge(settings, tmp_path / "logs")
+    first: Any = judge._actors[0]
+    first.actor.replica.kept.stop()
+    (lost,) = judge.tend()
+    assert lost.startswith("replica 0 is started again: it has ended") and first.actor.replica.kept.alive()
+    assert judge.tend() == [] and judge.alive()
     judge.stop()
     ports = [int(url.rpartition(":")[2].removesuffix("/v1")) for url in judge.endpoints]
     assert ports[1] == ports[0] + 1 and len(tried) == 4 and tried[2:] == ports

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from grpo_flex.endpoints import EndpointState
 from grpo_flex.judge_server import JudgeAway, JudgeServer, Revival
+from grpo_flex.judge_watch import JudgeWatch
 from testbed.oracle_judge import OracleJudge
 
 
@@ -110,3 +114,19 @@ def test_the_oracle_judge_comes_back_after_a_kill(tmp_path: Path) -> None:
         while not judge.ended and time.monotonic() < until:
             time.sleep(0.02)
         assert judge.ended and judge.start_again() == "" and not judge.ended
+
+
+def test_one_of_several_replicas_that_has_ended_is_started_again_while_the_others_judge() -> None:
+    states = [EndpointState(url=f"http://h:{k}/v1", healthy=True, in_flight=0, failures=0) for k in range(2)]
+    told, notes = ["replica 1 is started again: it has ended with status 9"], list[str]()
+    server = SimpleNamespace(tend=lambda: [told.pop()] if told else [], ended=False)
+    cluster = SimpleNamespace(judge_states=lambda: states)
+    console = SimpleNamespace(judge=lambda shown: None, note=notes.append)
+    watch = JudgeWatch(cast(Any, object()), cast(Any, cluster), cast(Any, console), cast(Any, server), lambda s: None)
+    watch.tend()
+    assert notes == []
+    states[1] = replace(states[1], healthy=False)
+    watch.tend()
+    watch.tend()
+    assert notes == ["the judge's replica 1 is started again: it has ended with status 9"]
+    assert watch.figures(0)["judge/restarts"] == 1
