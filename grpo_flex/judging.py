@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import os
 import random
-import re
 import time
-import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -49,8 +46,6 @@ if TYPE_CHECKING:
 
 __all__ = ["JudgeClient", "JudgeUnreachable", "check_endpoints"]
 
-_MARK = uuid.uuid4().hex
-"""Stands for pictures in a request's text: no prompt holds it."""
 SAID_LONGEST = 500
 """Characters that are kept of a server's refusal: vLLM says in them what was wrong with the question."""
 
@@ -366,19 +361,14 @@ class JudgeClient:
         return self._pool
 
     def _body(self, question: _Question, media: list[list[str]]) -> bytes:
-        """The request. Its pictures, megabytes that need no escaping, are set into the text of the rest."""
         config, family = self.judge_config, self._family(question)
-        urls = [url for shown in media for url in shown]
-        marks = iter(f"{_MARK}{k};" for k in range(len(urls)))
         body = {
             "model": config.model,
-            "messages": family.request(question.prompt.text, [[next(marks) for _ in shown] for shown in media]),
             "temperature": config.temperature,
             "seed": request_seed(config.seed, question.step, question.prompt.id, question.members),
             "max_tokens": config.max_tokens,
-        }
-        pieces = re.split(rf"{_MARK}(\d+);", json.dumps(body | self._options[len(question.members)]))
-        return "".join(urls[int(piece)] if k % 2 else piece for k, piece in enumerate(pieces)).encode()
+        } | self._options[len(question.members)]
+        return chat.encoded(lambda shown: body | {"messages": family.request(question.prompt.text, shown)}, media)
 
     def _family(self, question: _Question) -> Family:
         return self._families[len(question.members)]

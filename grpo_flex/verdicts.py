@@ -111,7 +111,7 @@ def drop_from_step(path: str | Path, step: int, evaluation: int | None = None) -
     partial, dropped = path.with_suffix(".partial"), 0
     try:
         with partial.open("wb") as out:
-            for member in _members(path):
+            for member in gzip_members(path):
                 lines = member.lines
                 kept = [line for line in lines if _is_before(json.loads(line), step, evaluation)]
                 dropped += len(lines) - len(kept)
@@ -132,7 +132,7 @@ def _is_before(record: Mapping[str, Any], step: int, evaluation: int | None) -> 
 
 def read_verdicts(path: str | Path) -> Iterator[Entry]:
     """Every verdict in the order of writing; a torn last batch is left out. Raises FileNotFoundError."""
-    for member in _members(Path(path)):
+    for member in gzip_members(Path(path)):
         for line in member.lines:
             yield _entry(json.loads(line))
 
@@ -145,7 +145,7 @@ def _entry(record: dict[str, Any]) -> Entry:
     return Entry(**what, verdict=Verdict(**record))
 
 
-class _Member(NamedTuple):
+class Member(NamedTuple):
     """One whole gzip member of the file."""
 
     packed: bytes
@@ -156,7 +156,7 @@ class _Member(NamedTuple):
         return self.content.splitlines(keepends=True)
 
 
-def _members(path: Path) -> Iterator[_Member]:
+def gzip_members(path: Path) -> Iterator[Member]:
     """One after the other, because a long run's file does not fit into memory; stops at a torn one."""
     with path.open("rb") as file:
         rest = b""
@@ -171,13 +171,13 @@ def _members(path: Path) -> Iterator[_Member]:
                     return
                 rest = unpacker.unused_data
                 packed += block[: len(block) - len(rest)]
-            yield _Member(bytes(packed), bytes(content))
+            yield Member(bytes(packed), bytes(content))
 
 
 def _cut_torn_tail(path: Path) -> None:
     if not path.exists():
         return
-    end = sum(len(member.packed) for member in _members(path))
+    end = sum(len(member.packed) for member in gzip_members(path))
     if end < path.stat().st_size:
         os.truncate(path, end)
 

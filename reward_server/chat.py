@@ -5,9 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import count
+from typing import TYPE_CHECKING, Any
 
 from reward_server.families.base import Completion
 
@@ -37,6 +41,23 @@ def model_names(listed: object) -> list[str]:
     entries = listed.get("data") if isinstance(listed, dict) else None
     entries = entries if isinstance(entries, list) else []
     return [str(m["id"]) for m in entries if isinstance(m, dict) and "id" in m]
+
+
+def encoded(body: Callable[[list[list[str]]], Mapping[str, Any]], media: Sequence[Sequence[str]]) -> bytes:
+    """A request's JSON. Pictures are megabytes that need no escaping, so they are set into the text of the rest.
+
+    Args:
+        body: Makes the request of what stands for each source's and candidate's frames.
+        media: Data URLs of those frames.
+    """
+    urls = [url for shown in media for url in shown]
+    numbers = count()
+    text = json.dumps(body([[f"{_MARK}{next(numbers)};" for _ in shown] for shown in media]))
+    pieces = re.split(rf"{_MARK}(\d+);", text)
+    return "".join(urls[int(piece)] if k % 2 else piece for k, piece in enumerate(pieces)).encode()
+
+
+_MARK = uuid.uuid4().hex  # which no prompt holds
 
 
 def received(content: bytes) -> Received:
