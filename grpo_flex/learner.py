@@ -162,22 +162,25 @@ class Learner:
             advantages: of the first groups of the step; ``groups`` as in ``update``.
             of: how many groups the update will have.
         """
-        first = self.shares(of)[0]
         dealt = range(0, len(advantages), self.config.optimizer.updates(of))
-        self._add_up(groups, advantages, first.own[: len(dealt) // self.ranks.size], step_index)
+        own = self.shares(of)[0].own[: len(dealt) // self.ranks.size]
+        self._add_up(groups, masked(advantages, finite_members(groups, own)), own, step_index)
 
     def update(self, groups: Groups, advantages: Sequence[np.ndarray], step_index: int) -> UpdateResult:
         """One rollout's updates: the groups are dealt out among ``updates_per_rollout`` optimiser steps.
 
         Args:
             groups: complete groups by their index; only those of this rank's ``shares`` are looked at.
-            advantages: float64 [G] for each group; NaN members are masked.
+            advantages: float64 [G] for each group; NaN members are masked, and so are those whose trajectory is not finite.
 
         Returns:
             Metrics over all groups, the same on every rank.
         """
         seen, shares = self._seen, self.shares(len(advantages))
-        for i in (i for share in shares for i in share.own):
+        finite = finite_members(groups, [i for share in shares for i in share.own])
+        advantages = masked(advantages, finite)
+        for i, there in finite.items():
+            seen["nonfinite_share"].append((i, float(1 - there.mean())))
             seen["staleness"].append((i, float(self.version - groups[i].policy_version)))
             for name, value in groups[i].diversity.items():
                 seen[f"diversity_{name}"].append((i, value))
@@ -280,7 +283,10 @@ class Learner:
         """Add a group's part to the gradient; one that is wholly masked adds 0 and shows in no figure."""
         import torch
 
-        keep = torch.from_numpy(np.isfinite(advantage)).to(self.model.device)
+        judged = torch.from_numpy(np.isfinite(advantage))
+        # On its way back the zero of a masked loss may meet what is infinite, and their product is NaN in every weight.
+        trajectories = group.trajectories.blanked(~judged)
+        keep = judged.to(self.model.device)
         middle = float(advantage[np.isfinite(advantage)].mean()) if keep.any() else 0.0
         advantages_G = torch.from_numpy(np.nan_to_num(advantage, nan=middle)).float().to(self.model.device)
         dynamics = self.config.sampling.dynamics
@@ -290,7 +296,7 @@ class Learner:
         # By pass and name, sibling after sibling.
         figures: defaultdict[tuple[int, str], list[Tensor]] = defaultdict(list)
         for part in self._parts_of(len(keep)):
-            terms = self.config.objective.terms(policy, group.trajectories.part(part), advantages_G[part], seed)
+            terms = self.config.objective.terms(policy, trajectories.part(part), advantages_G[part], seed)
             for k, term in enumerate(terms):
                 for name, values in self._descend(term, keep[part]).items():
                     figures[k, name].append(values.detach())
@@ -442,6 +448,16 @@ def _check_turns(config: RunConfig, model: Model) -> None:
             "of their own, so learners would put different experts together at a time; set sampling.window.shared=true "
             "(and an objective that trains recorded steps), or shard_base=false"
         )
+
+
+def finite_members(groups: Groups, own: Sequence[int]) -> dict[int, np.ndarray]:
+    """bool [G] of each of those groups: whose trajectory is finite."""
+    return {i: groups[i].trajectories.finite().numpy() for i in own}
+
+
+def masked(advantages: Sequence[np.ndarray], finite: Mapping[int, np.ndarray]) -> list[np.ndarray]:
+    """The advantages, NaN also for members whose trajectory is not finite."""
+    return [np.where(finite.get(i, True), a, np.nan) for i, a in enumerate(advantages)]
 
 
 def in_order(seen: Sequence[Mapping[str, list[tuple[int, float]]]]) -> dict[str, list[float]]:

@@ -66,10 +66,25 @@ class Trajectories:
 
     def part(self, siblings: slice) -> Trajectories:
         """Some of the siblings, without copying anything."""
-        size = len(self.logprobs_GK)
-        kept = ("latents_GKNC", "next_latents_GKNC", "logprobs_GK", "means_GKNC", "final_GNC")
-        cut = {name: t[siblings] for name in kept if (t := getattr(self, name)) is not None}
+        size, cut = len(self.logprobs_GK), {name: t[siblings] for name, t in self._tensors().items()}
         return replace(self, **cut, group_size=size, first=siblings.indices(size)[0])
+
+    def finite(self) -> torch.Tensor:
+        """bool [G]: who has neither NaN nor infinity anywhere."""
+        import torch
+
+        return torch.stack([t.isfinite().flatten(1).all(dim=1) for t in self._tensors().values()]).all(dim=0)
+
+    def blanked(self, masked_G: torch.Tensor) -> Trajectories:
+        """The same with zeros throughout for some siblings, bool [G]; itself for none."""
+        if not masked_G.any():
+            return self
+        rows = masked_G.nonzero()[:, 0]
+        return replace(self, **{name: t.index_fill(0, rows, 0) for name, t in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        names = ("latents_GKNC", "next_latents_GKNC", "logprobs_GK", "means_GKNC", "final_GNC")
+        return {name: t for name in names if (t := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,8 +16,10 @@ from grpo_flex.config import RunConfig
 from grpo_flex.dynamics import Cps, Dance, Dynamics, FlowSde
 from grpo_flex.generators.flux import Flux
 from grpo_flex.learner import BoundPolicy, Learner
+from grpo_flex.objectives.base import Objective
 from grpo_flex.objectives.dpo import Dpo
 from grpo_flex.objectives.grpo import Grpo
+from grpo_flex.objectives.nft import Nft
 from grpo_flex.overrides import override
 from grpo_flex.rollout import RolloutWorker
 from grpo_flex.types import Adapter, Prompt, RewardedGroup, RolloutGroup
@@ -131,6 +133,40 @@ def test_a_masked_member_carries_no_loss(config: RunConfig) -> None:
     for one, two in zip(masked, again, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-8)
     assert not any(g.any() for g in zeroed)
+
+
+@pytest.mark.parametrize(
+    ("objective", "name", "value", "advantage"),
+    [
+        (Grpo(), "latents_GKNC", np.nan, np.nan),
+        (Grpo(), "next_latents_GKNC", np.inf, 2.0),
+        (Grpo(), "logprobs_GK", -1e4, np.nan),  # finite, but the ratio is not
+        (Nft(draws=1), "final_GNC", np.nan, 2.0),
+    ],
+)
+def test_what_is_infinite_in_one_sibling_leaves_the_others_their_gradient(
+    config: RunConfig, objective: Objective, name: str, value: float, advantage: float
+) -> None:
+    """Whether the judge found something to like in it or not."""
+    config = replace(config, objective=objective)
+    learner, twin = _nudged_learner(config), _nudged_learner(config)
+    (group,) = rolled_out(config, learner.adapter())
+    broken = getattr(group.trajectories, name).clone()
+    broken[3] = value
+    other = replace(group, trajectories=replace(group.trajectories, **{name: broken}))
+    expected = _gradient_of_update(learner, group, np.array([1.0, -1.0, 0.5, np.nan]))
+    found = _gradient_of_update(twin, other, np.array([1.0, -1.0, 0.5, advantage]))
+    assert any(g.any() for g in expected) and found and all(map(torch.equal, found, expected))
+
+
+def test_siblings_that_are_not_finite_are_counted(config: RunConfig) -> None:
+    learner = _nudged_learner(config)
+    (group,) = rolled_out(config, learner.adapter())
+    went = group.trajectories.next_latents_GKNC.clone()
+    went[1:] = np.nan
+    groups = [group, replace(group, trajectories=replace(group.trajectories, next_latents_GKNC=went))]
+    metrics = learner.update(groups, [np.array([1.0, -1.0, 0.5, -0.5])] * 2, 0).metrics
+    assert metrics["policy/nonfinite_share"] == 3 / 8 and metrics["policy/skipped_updates"] == 0
 
 
 def test_masked_and_missing_groups_divide_the_loss_rightly(config: RunConfig) -> None:
