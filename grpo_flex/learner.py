@@ -250,12 +250,13 @@ class Learner:
             self._backward(i, groups[i], np.full_like(advantages[i], np.nan), step_index)
         if not self.weights.split:
             self.ranks.sum_gradients(self.parameters)
-        weight = sum(self.ranks.gather(sum(self._weight(groups[i], advantages[i]) for i in share.own)))
+        weight, learns = self._count(groups, advantages, share)
         for p in self.parameters:
             if p.grad is not None:
                 p.grad /= max(weight, 1)
         norm = self.ranks.clip(self.parameters, self.config.optimizer.max_grad_norm, self.weights.split)
-        sound = weight > 0 and math.isfinite(norm)  # where nobody got a reward, momentum alone must not move weights
+        # Where nobody got a reward, or all siblings the same one, momentum alone must not move weights.
+        sound = learns and math.isfinite(norm)
         self._note(grad_norm=norm, lr=self._schedule(step_index), skipped_updates=float(not sound))
         if sound:
             self.optimizer.step()
@@ -273,6 +274,12 @@ class Learner:
 
     def _weight(self, group: RolloutGroup, advantage: np.ndarray) -> int:
         return int(np.isfinite(advantage).sum()) * self.config.objective.passes(group.trajectories)
+
+    def _count(self, groups: Groups, advantages: Sequence[np.ndarray], share: Share) -> tuple[int, bool]:
+        """The weight of all ranks' groups in this optimiser step, and whether any of them has something to teach."""
+        own = [(self._weight(groups[i], advantages[i]), self._matters(advantages[i])) for i in share.own]
+        every = [entry for rank in self.ranks.gather(own) for entry in rank]
+        return sum(weight for weight, _ in every), any(weight and matters for weight, matters in every)
 
     def _matters(self, advantage: np.ndarray) -> bool:
         """A group of zero advantages with no gradient need not be computed."""

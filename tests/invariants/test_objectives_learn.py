@@ -105,11 +105,22 @@ def matching_errors(learner: Learner, group: RolloutGroup) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("objective", [Grpo(clip=0.2), Guard(clip=0.2), Nft(), Awm()], ids=lambda o: type(o).__name__)
-def test_all_zero_advantages_move_nothing(config: RunConfig, objective: Objective) -> None:
+def test_all_zero_advantages_have_no_gradient(config: RunConfig, objective: Objective) -> None:
     learner, group = start(using(replace(config, optimizer=replace(config.optimizer, weight_decay=0.0)), objective))
     learner._matters = lambda advantage: True  # as if there were a pull to the base: the group is not passed over
     before = learner.state()["adapter"]
     learner.update([group], [np.zeros(4)], 0)
+    assert all(torch.equal(before[k], t) for k, t in learner.state()["adapter"].items())
+
+
+@pytest.mark.parametrize("objective", [Grpo(clip=0.2), Guard(clip=0.2), Awm(), Dpo()], ids=lambda o: type(o).__name__)
+def test_all_zero_advantages_move_nothing(config: RunConfig, objective: Objective) -> None:
+    """Neither by the momentum of an earlier step nor by weight decay."""
+    learner, group = start(using(config, objective))
+    assert learner.update([group], [ADVANTAGES], 0).metrics["policy/skipped_updates"] == 0
+    before = learner.state()["adapter"]
+    metrics = learner.update([group, group], [np.zeros(4), np.array([0.0, np.nan, np.nan, 0.0])], 1).metrics
+    assert metrics["policy/skipped_updates"] == 1 and metrics["policy/grad_norm"] == 0
     assert all(torch.equal(before[k], t) for k, t in learner.state()["adapter"].items())
 
 
