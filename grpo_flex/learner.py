@@ -307,8 +307,8 @@ class Learner:
             for k, term in enumerate(terms):
                 for name, values in self._descend(term, keep[part]).items():
                     figures[k, name].append(values.detach())
-        for (_, name), values in figures.items() if keep.any() else ():
-            self._seen[name].append((index, float(torch.cat(values)[keep].mean())))
+        for (_, name), values in figures.items():
+            self._seen[name] += [(index, value) for value in torch.cat(values)[keep].tolist()]
 
     def _descend(self, term: Term, keep: Tensor) -> dict[str, Tensor]:
         """Add one pass's gradient; its figures, of each sibling."""

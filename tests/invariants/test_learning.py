@@ -169,6 +169,18 @@ def test_siblings_that_are_not_finite_are_counted(config: RunConfig) -> None:
     assert metrics["policy/nonfinite_share"] == 3 / 8 and metrics["policy/skipped_updates"] == 0
 
 
+def test_figures_are_means_over_unmasked_siblings(config: RunConfig) -> None:
+    """By hand, with r = A/4 + ½. A group of which little is left does not weigh as much as a whole one, in β's control neither."""
+    learner = _nudged_learner(replace(config, objective=Nft(draws=2, kl_beta=0.1)))
+    (group,) = rolled_out(learner.config, learner.adapter())
+    whole, alone = np.array([2.0, 2.0, 2.0, -1.0]), np.array([np.nan, np.nan, -2.0, np.nan])
+    kl: list[float] = []
+    learner._close = lambda totals: kl.extend(totals["kl"])
+    metrics = learner.update([group, group], [whole, alone], 0).metrics
+    assert metrics["policy/optimality"] == (1 + 1 + 1 + 0.25 + 0) / 5
+    assert len(kl) == 2 * 5 and len(set(kl)) == 8  # the third sibling stands in both groups
+
+
 def test_masked_and_missing_groups_divide_the_loss_rightly(config: RunConfig) -> None:
     """The gradient is the mean over unmasked members, so a wholly masked group changes nothing."""
     learner = Learner(config)
