@@ -6,7 +6,7 @@ has the reward NaN. Anchors are matched by their canonical names, whatever the o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -129,7 +129,8 @@ class Pointwise:
 class Consistent:
     """Another reward, from the verdicts whose anchors do not contradict them (VisionReward, arXiv 2412.21059).
 
-    A pair counts only where the winner wins or ties in every dimension; the others are missing.
+    A pair counts only where the winner wins or ties in every dimension; the others are missing, and so are those without an
+    overall winner (``Unified2Pair`` names none where an axis is not sound).
     """
 
     compares = True
@@ -169,12 +170,12 @@ class Several:
 
 
 def consistent(verdicts: Sequence[Verdict]) -> list[Verdict]:
-    """The verdicts whose winner loses in no dimension; for a declared tie, those with ties throughout."""
-    return [v for v in verdicts if v.winner is None or all(_agrees(v.winner, d) for d in v.dimensions.values())]
+    """Of verdicts on pairs those whose winner loses in no dimension; for a declared tie, those with ties throughout."""
+    return [v for v in verdicts if len(v.members) != 2 or _agree(v.winner, v.dimensions.values())]
 
 
-def _agrees(winner: float, dimension: float) -> bool:
-    return dimension == winner or (winner != 0.5 and dimension == 0.5)
+def _agree(winner: float | None, dimensions: Iterable[float]) -> bool:
+    return winner is not None and all(d == winner or (winner != 0.5 and d == 0.5) for d in dimensions)
 
 
 # ---------------------------------------------------------------- from verdicts to answers

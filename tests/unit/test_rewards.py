@@ -196,6 +196,13 @@ def test_only_verdicts_that_no_dimension_contradicts_count() -> None:
     np.testing.assert_array_equal(found, [0.75, 0.0, 0.5, NAN])
 
 
+def test_a_pair_without_an_overall_winner_is_missing_from_the_anchors_too() -> None:
+    open_pairs = [verdict(0, 1, None, alignment=0.0, coherence=1.0), verdict(0, 1, None, alignment=0.0, coherence=0.0)]
+    found = Consistent(inner=WinRate(anchors=("alignment", "coherence")))(2, open_pairs, "p")
+    assert all(np.isnan(part).all() for part in found.breakdown_G.values()) and "dim" not in found.breakdown_G
+    np.testing.assert_array_equal(Consistent(inner=Pointwise())(2, [scored(0, a=1.0)], "p").rewards_G, [1.0, NAN])
+
+
 def test_several_rewards_stand_side_by_side() -> None:
     verdicts = [Verdict(members=(0, 1), status="ok", winner=0.0, dimensions={"quality": 1.0}, scores={"s": (2.0, 5.0)})]
     found = Several(names=("wins", "points"), rewards=(WinRate(), Pointwise()))(2, verdicts, "p")
