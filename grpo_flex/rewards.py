@@ -46,10 +46,11 @@ class _Pairwise:
     def __call__(self, group_size: int, verdicts: Sequence[Verdict], prompt_id: str) -> RewardedGroup:
         overall = self._rate(overall_answers(verdicts), group_size)
         rates = {a: self._rate(anchor_answers(verdicts, a), group_size) for a in self.anchors}
-        judged = {a: r for a, r in rates.items() if not np.isnan(r).all()}
+        weights = dict(zip(self.anchors, self._weights(), strict=True))
+        judged = {a: r for a, r in rates.items() if weights[a] > 0 and not np.isnan(r).all()}
         parts = {"overall": overall, **rates}
         if judged:
-            parts["dim"] = weighted_mean(judged, dict(zip(self.anchors, self._weights(), strict=True)))
+            parts["dim"] = weighted_mean(judged, weights)
         return RewardedGroup(prompt_id=prompt_id, rewards_G=overall, breakdown_G=parts)
 
     def _weights(self) -> tuple[float, ...]:
@@ -64,7 +65,7 @@ class WinRate(_Pairwise):
     """R(i) = mean over judged j != i of [i beats j] (Pref-GRPO, arXiv 2508.20751; Flex, 2602.02380).
 
     The breakdown holds "overall", every anchor, and "dim", the anchors' weighted mean; "dim" is absent when
-    no verdict of the group decided any anchor.
+    no verdict of the group decided any anchor that has a weight.
     """
 
     def _rate(self, answers: Sequence[Answer], group_size: int) -> np.ndarray:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grpo_flex.advantages import GroupRelative
 from grpo_flex.pairing import Budgeted, RoundRobin
 from grpo_flex.rewards import (
     BradleyTerry,
@@ -65,6 +66,12 @@ def test_anchor_weights_by_hand() -> None:
     verdicts = [verdict(0, 1, 0.0, alignment=0.0, quality=1.0, aesthetics=1.0)]
     found = WinRate(weights=(1.0, 0.7, 0.7))(2, verdicts, "p").breakdown_G["dim"]
     np.testing.assert_allclose(found, [1 / 2.4, 1.4 / 2.4])
+
+
+def test_anchors_without_a_weight_leave_a_group_to_its_overall_winners() -> None:
+    found = WinRate(weights=(1.0, 0.0, 0.0))(2, [verdict(0, 1, 0.0, quality=1.0)], "p")
+    assert "dim" not in found.breakdown_G
+    np.testing.assert_array_equal(GroupRelative()([found])[0][0], [1.0, -1.0])
 
 
 def test_a_category_that_is_no_anchor_of_the_reward_is_ignored() -> None:
