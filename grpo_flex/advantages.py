@@ -36,7 +36,8 @@ class Advantage(Protocol):
 class GroupRelative:
     """Â = α·Â_dim + (1-α)·Â_overall, each Â = (R - mean_G)/std (UnifiedReward-Flex, arXiv 2602.02380).
 
-    Groups whose breakdown has no "dim" part (pointwise rewards, or no anchor judged) use ``rewards_G`` alone.
+    Groups whose breakdown has no "dim" part (pointwise rewards, or no anchor judged) use ``rewards_G`` alone. In the
+    others a sibling that lacks one of the two is masked, unless ``alpha`` leaves that one out.
     """
 
     alpha: float = 0.7
@@ -61,13 +62,20 @@ class GroupRelative:
 
     def __call__(self, rewarded: Sequence[RewardedGroup]) -> tuple[list[np.ndarray], dict[str, float]]:
         """float64 [G] per group, and ``advantage/…`` figures."""
-        overall = [g.rewards_G for g in rewarded]
-        dims = [g.breakdown_G.get("dim") for g in rewarded]
-        raw = self._standardised(overall)
+        parts = [self._parts(g.rewards_G, g.breakdown_G.get("dim")) for g in rewarded]
+        dims = [dim for _, dim in parts]
+        raw = self._standardised([overall for overall, _ in parts])
         by_dim = iter(self._standardised([d for d in dims if d is not None]))
         mixed = [a if d is None else self._mix(a, next(by_dim)) for a, d in zip(raw, dims, strict=True)]
         clipped = [np.clip(a, -self.clip, self.clip) for a in mixed]
         return clipped, advantage_metrics(rewarded, mixed, self.clip)
+
+    def _parts(self, overall: np.ndarray, dim: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+        """Where both count, who lacks one has neither: each is then centred on the siblings that are left, and so is the mix."""
+        if dim is None or self.alpha in (0, 1):
+            return overall, dim
+        lacking = np.isnan(overall) | np.isnan(dim)
+        return np.where(lacking, np.nan, overall), np.where(lacking, np.nan, dim)
 
     def _mix(self, overall: np.ndarray, dim: np.ndarray) -> np.ndarray:
         # A weight of 0 switches a part off entirely: 0·NaN would mask members for a part that does not count.

@@ -63,6 +63,15 @@ def test_only_where_other_groups_do_not_matter_may_a_group_be_learnt_from_before
     assert all(map(np.array_equal, together, alone, [True] * 3)) == advantage.per_group
 
 
+@pytest.mark.parametrize("scale", ["group", "batch"])
+def test_both_parts_are_centred_on_the_siblings_that_have_both(scale: str) -> None:
+    advantage = GroupRelative(alpha=0.7, scale=scale)  # pyright: ignore[reportArgumentType]
+    (found,), _ = advantage([group([1.0, 0.5, 0.5, 0.0], [1.0, 0.0, 0.5, NAN])])
+    (alone,), _ = advantage([group([1.0, 0.5, 0.5], [1.0, 0.0, 0.5])])
+    np.testing.assert_array_equal(found, [*alone, NAN])
+    assert np.nanmean(found) == pytest.approx(0, abs=1e-12)
+
+
 def test_without_anchors_it_is_plainly_group_relative() -> None:
     np.testing.assert_array_equal(GroupRelative()([group([3.0, 5.0])])[0][0], [-1.0, 1.0])
 
