@@ -312,8 +312,8 @@ def advantage_metrics(
 ) -> dict[str, float]:
     """``advantage/…`` figures, from the advantages before clipping.
 
-    ``zero_std_share`` is the share of groups whose overall rewards are all equal: they teach nothing, and
-    a high share means that the judge no longer tells the siblings apart.
+    ``zero_std_share`` is the share of groups without any advantage but 0: they teach nothing, and a high share means that the
+    judge no longer tells the siblings apart. ``zero_std_dim_share`` is the share whose mean over the anchors is flat.
     """
     if not rewarded:
         return {}
@@ -321,7 +321,7 @@ def advantage_metrics(
     judged = flat[~np.isnan(flat)]
     dims = [g.breakdown_G["dim"] for g in rewarded if "dim" in g.breakdown_G]
     found = {
-        "advantage/zero_std_share": float(np.mean([is_flat(g.rewards_G) for g in rewarded])),
+        "advantage/zero_std_share": float(np.mean([(np.abs(np.nan_to_num(a)) < FLAT).all() for a in advantages])),
         "advantage/masked_share": float(np.isnan(flat).mean()),
     }
     if dims:

@@ -152,6 +152,15 @@ def test_a_constant_group_is_exactly_zero(size: int, value: float, scale: str) -
     assert figures["advantage/zero_std_share"] == 1.0 and figures["advantage/zero_std_dim_share"] == 1.0
 
 
+def test_groups_without_any_advantage_are_counted_whatever_the_rewards() -> None:
+    by_anchors_alone = group([0.5, 0.5], [1.0, 0.0])
+    assert GroupRelative()([by_anchors_alone, group([NAN, 1.0])])[1]["advantage/zero_std_share"] == 0.5
+    assert GroupRelative(alpha=0.0)([by_anchors_alone])[1]["advantage/zero_std_share"] == 1.0
+    # The first of these groups differs in a reward alone that does not count.
+    groups = [parts(r=[0.0, 1.0], a=[0.3, 0.3], b=[0.1, 0.1]), parts(r=[0.0, 1.0], a=[0.1, 0.2], b=[5, 9])]
+    assert Gdpo(parts=("a", "b"))(groups)[1]["advantage/zero_std_share"] == 0.5
+
+
 def test_rounding_is_not_preference() -> None:
     np.testing.assert_array_equal(standardise(np.array([0.1 + 0.2, 0.3])), [0.0, 0.0])
 
