@@ -105,6 +105,11 @@ class Pointwise:
     mean of those that are left would be another number. One that the whole group lacks is left out.
     Scores of a family that scores two at once count for either member; those of in-process scorers stand beside the
     judge's, by name. Beside a judge, ``Several(names=("judge", "scores"), rewards=(WinRate(), Pointwise(criteria=…)))``.
+    In the breakdown a criterion called "overall" or "dim" is "score/overall" or "score/dim": the bare names are the total's and
+    the anchors'.
+
+    Raises:
+        ValueError: a criterion that both the judge and a scorer give, or two scorers.
     """
 
     criteria: tuple[str, ...] = ()
@@ -123,7 +128,8 @@ class Pointwise:
         means = {name: mean_scores(verdicts, name, group_size) for name in named}
         weights = dict(zip(named, self.weights or (1.0,) * len(named), strict=True))
         total = whole_mean({n: m for n, m in means.items() if weights[n]}, weights, group_size)
-        return RewardedGroup(prompt_id=prompt_id, rewards_G=total, breakdown_G={"overall": total, **means})
+        parts = {f"score/{name}" if name in ("overall", "dim") else name: mean for name, mean in means.items()}
+        return RewardedGroup(prompt_id=prompt_id, rewards_G=total, breakdown_G={"overall": total, **parts})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,12 +254,22 @@ def whole_mean(parts: Mapping[str, np.ndarray], weights: Mapping[str, float], gr
 
 
 def mean_scores(verdicts: Sequence[Verdict], criterion: str, group_size: int) -> np.ndarray:
-    """[G]: the mean of every score that was given to each sibling under a criterion; NaN for none."""
+    """[G]: the mean of every score that was given to each sibling under a criterion; NaN for none.
+
+    Raises:
+        ValueError: scores of one name from different sources, which have units of their own.
+    """
+    scoring = [v for v in verdicts if v.status == "ok" and criterion in v.scores]
+    sources = [f"the scorer {name!r}" if name else "the judge" for name in sorted({v.scorer for v in scoring})]
+    if len(sources) > 1:
+        raise ValueError(
+            f"reward: the score {criterion!r} is given by {' and by '.join(sources)}, and Pointwise would take the mean of "
+            "different units; let one of them give it another name"
+        )
     given: list[list[float]] = [[] for _ in range(group_size)]
-    for verdict in verdicts:
-        if verdict.status == "ok" and criterion in verdict.scores:
-            for member, score in zip(verdict.members, verdict.scores[criterion], strict=True):
-                given[member].append(score)
+    for verdict in scoring:
+        for member, score in zip(verdict.members, verdict.scores[criterion], strict=True):
+            given[member].append(score)
     return np.array([np.mean(g) if g else np.nan for g in given], np.float64)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
@@ -122,6 +123,24 @@ def test_a_score_that_all_lack_or_that_weighs_nothing_masks_nobody() -> None:
     np.testing.assert_allclose(
         Pointwise(criteria=("a", "b"), weights=(1.0, 0.0))(2, verdicts, "p").rewards_G, [1.0, 2.0]
     )
+
+
+def test_scores_of_one_name_from_two_sources_are_refused_and_both_are_named() -> None:
+    verdicts = [scored(0, alignment=4.0, light=0.5), replace(scored(0, alignment=0.2), scorer="clip")]
+    with pytest.raises(
+        ValueError, match=r"'alignment' is given by the judge and by the scorer 'clip', .* another name"
+    ):
+        Pointwise()(1, verdicts, "p")
+    np.testing.assert_array_equal(Pointwise(criteria=("light",))(1, verdicts, "p").rewards_G, [0.5])
+
+
+def test_a_criterion_with_the_name_of_a_part_is_not_taken_for_it() -> None:
+    verdicts = [scored(0, overall=1.0, dim=9.0, a=5.0), scored(1, overall=2.0, dim=1.0, a=6.0)]
+    found = Pointwise(criteria=("overall", "dim", "a"), weights=(0.0, -1.0, 0.0))(2, verdicts, "p")
+    assert {name: [*part] for name, part in found.breakdown_G.items()} == {
+        "overall": [-9.0, -1.0], "score/overall": [1.0, 2.0], "score/dim": [9.0, 1.0], "a": [5.0, 6.0]
+    }  # fmt: skip
+    np.testing.assert_array_equal(GroupRelative()([found])[0][0], [-1.0, 1.0])
 
 
 def test_a_score_may_count_against_a_sibling() -> None:
