@@ -103,8 +103,8 @@ class Pointwise:
 
     A sibling that lacks a criterion which others of its group have is masked: criteria have units of their own, so that the
     mean of those that are left would be another number. One that the whole group lacks is left out.
-    Scores of a family that scores two at once count for either member; those of in-process scorers stand beside the
-    judge's, by name. Beside a judge, ``Several(names=("judge", "scores"), rewards=(WinRate(), Pointwise(criteria=…)))``.
+    Scores of a family that scores two at once count for either member, unless siblings are scored one by one under that name too
+    (``RankAndScore``); those of in-process scorers stand beside the judge's, by name. Beside a judge, ``Several(names=("judge", "scores"), rewards=(WinRate(), Pointwise(criteria=…)))``.
     In the breakdown a criterion called "overall" or "dim" is "score/overall" or "score/dim": the bare names are the total's and
     the anchors'.
 
@@ -266,8 +266,9 @@ def mean_scores(verdicts: Sequence[Verdict], criterion: str, group_size: int) ->
             f"reward: the score {criterion!r} is given by {' and by '.join(sources)}, and Pointwise would take the mean of "
             "different units; let one of them give it another name"
         )
+    alone = [v for v in scoring if len(v.members) == 1]  # of two shown together, scores may be shares of the pair
     given: list[list[float]] = [[] for _ in range(group_size)]
-    for verdict in scoring:
+    for verdict in alone or scoring:
         for member, score in zip(verdict.members, verdict.scores[criterion], strict=True):
             given[member].append(score)
     return np.array([np.mean(g) if g else np.nan for g in given], np.float64)

@@ -210,6 +210,14 @@ def test_pair_scores_count_for_either_member() -> None:
     np.testing.assert_array_equal(Pointwise()(3, verdicts, "p").rewards_G, [0.25, 0.5, 0.75])
 
 
+def test_scores_of_siblings_by_themselves_are_not_mixed_with_shares_of_a_pair() -> None:
+    pair = Verdict(members=(0, 1), status="ok", winner=0.0, scores={"alignment": (0.9, 0.1), "style": (0.4, 0.6)})
+    verdicts = [pair, scored(0, alignment=2.0), scored(1, alignment=4.0)]
+    found = Pointwise()(2, verdicts, "p").breakdown_G
+    np.testing.assert_array_equal(found["alignment"], [2.0, 4.0])
+    np.testing.assert_array_equal(found["style"], [0.4, 0.6])
+
+
 def test_only_verdicts_that_no_dimension_contradicts_count() -> None:
     verdicts = [
         verdict(0, 1, 0.0, alignment=0.0, quality=0.5),  # wins and ties: counts
