@@ -142,7 +142,8 @@ class Pivots(_Plan):
 class Swiss(_Plan):
     """Rounds: the first at random, then neighbours in the standing that have not met yet.
 
-    Every sibling plays once a round (with an odd G one sits out), so ``rounds`` x floor(G/2) questions.
+    Every sibling plays once a round (with an odd G one sits out), so ``rounds`` x floor(G/2) questions. Rounds are counted by
+    the pairs that were answered: further ones make up for questions without an answer, as long as there are new pairs.
     """
 
     rounds: int = 4
