@@ -93,27 +93,47 @@ class Budgeted(_Plan):
 
 @dataclass(frozen=True)
 class Calibrated:
-    """As few questions as keep the advantages, for the size of the group: ``Budgeted`` with a share of ``SHARES``.
+    """As few questions as keep the advantages, for the size of the group: ``Budgeted`` with a share of ``SHARES``, and a few more.
 
-    At least one pair of a group is asked in both orders, because that is how a judge that favours a position shows.
+    At least one pair of a group is asked in both orders, because that is how a judge that favours a position shows. In a group
+    of an odd size everybody stands first exactly as often as second, so that a judge who sees nothing but positions gives equal
+    rewards. An even size of 6 or more leaves some siblings, or all, one question ahead or behind, because they meet an odd number
+    of others once. Such a judge's rewards then differ, and advantages have their full size however small the difference.
 
     >>> [len(Calibrated().pairs(size, 0)) for size in (4, 6, 8, 9, 16)]
-    [12, 20, 31, 37, 97]
+    [12, 20, 31, 39, 97]
     """
 
     def pairs(self, group_size: int, seed: int) -> list[Pair]:
         share = next(share for size, share in reversed(SHARES.items()) if size <= max(group_size, min(SHARES)))
-        if share > 1 or group_size < 2:
+        even = group_size % 2 == 0
+        if even and share > 1:
             return Budgeted(share=share).pairs(group_size, seed)
         edges = spread_edges(group_size)
-        once = edges[: max(group_size - 1, round(share * len(edges)))]
-        degree = Counter(i for edge in once for i in edge)
-        twice = min(once, key=lambda edge: degree[edge[0]] + degree[edge[1]])
-        return ordered([e for e in once if e != twice], group_size, seed, "balanced", twice=[twice])
+        count = max(group_size - 1, round(share * len(edges)))
+        asked = edges[:count]
+        twice = _least_asked(asked) if even else _odd_part(asked, group_size, count - len(asked))
+        return ordered([e for e in asked if e not in twice], group_size, seed, "balanced", twice=twice)
 
     def more(self, group_size: int, seed: int, answers: Sequence[Answer]) -> list[Pair]:
         del group_size, seed, answers
         return []
+
+
+def _least_asked(edges: Sequence[Pair]) -> list[Pair]:
+    """One edge, between siblings with few others."""
+    degree = Counter(i for edge in edges for i in edge)
+    return [min(edges, key=lambda edge: degree[edge[0]] + degree[edge[1]])]
+
+
+def _odd_part(edges: Sequence[Pair], group_size: int, least: int) -> list[Pair]:
+    """Edges without which every degree is even, of an odd group's ``spread_edges``: at least one, and ``least``.
+
+    Those beyond the last whole cycle through all siblings; where there are none, triangles that share a corner.
+    """
+    rest = edges[len(edges) - len(edges) % group_size :]
+    triangles = [{0, k, k + 1} for k in range(1, 2 * max(1, math.ceil(least / 3)), 2)]
+    return list(rest) or [edge for edge in edges if any(t.issuperset(edge) for t in triangles)]
 
 
 SHARES = {2: 2.0, 5: 1.6, 6: 1.3, 7: 1.25, 8: 1.1, 9: 1.0, 12: 0.9, 16: 0.8, 20: 0.75, 24: 0.7}

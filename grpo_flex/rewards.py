@@ -83,7 +83,9 @@ class BradleyTerry(_Pairwise):
     prior: float = 0.3
     """Precision of the Gaussian prior on a strength (nats⁻²): keeps unbeaten siblings finite."""
     position: bool = True
-    """Fit the judge's preference for the first position along with the strengths."""
+    """Fit the judge's preference for the first position along with the strengths. The prior leaves a trace of it in those of
+    siblings that stand first more often than second, or less often, as in a group of an even size with each pair asked once; if
+    the judge sees nothing else, advantages make a full-size signal of that trace."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from super().problems()
