@@ -2,7 +2,8 @@
 
 One learner and seven rollout workers on eight GPUs; the judge runs elsewhere. Published are 2 steps of gradient
 accumulation, which do not say how many updates a rollout feeds: the two updates here are our own choice, as are the prompts a
-step, the pairs that are asked and the placement; β is published without the KL's form, and we take Flow-GRPO's. Nobody has run this recipe yet. Held-out clips are evaluated at 480×832, as
+step, the pairs that are asked and the placement; β is published without the KL's form, and we take that of Flow-GRPO's code,
+which leaves out the paper's Δ. Nobody has run this recipe yet. Held-out clips are evaluated at 480×832, as
 published, six at a time (``micro_batch``), which is what 80 GiB hold. The starter prompts only show the format: give your own with prompts.train=… and prompts.heldout=….
 """
 

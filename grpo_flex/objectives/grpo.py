@@ -22,8 +22,9 @@ class Grpo(Anchored):
     clip: float = 1e-4
     """c. So small because log p is a mean over all latent elements."""
     kl_form: Literal["exact", "flow_grpo"] = "exact"
-    """exact: ‖μ − μ_ref‖²/(2·std²), with std² = s²Δ of an SDE. flow_grpo: ‖μ − μ_ref‖²/(2·s²), as published: β is not
-    portable between them. CPS's c has no Δ in it, and the published form is the exact one there."""
+    """exact: ‖μ − μ_ref‖²/(2·std²), with std² = s²Δ of an SDE, as in Flow-GRPO's paper. flow_grpo: ‖μ − μ_ref‖²/(2·s²), as in its
+    authors' code (github.com/yifan123/flow_grpo, issue 78): β is not portable between them. CPS's c has no Δ in it, so both are
+    the exact form there, which is also that of its authors' code."""
 
     needs_noise: ClassVar[bool] = True
 
@@ -62,8 +63,8 @@ class Grpo(Anchored):
         sigma, sigma_next = trajectories.sigmas[i], trajectories.sigmas[i + 1]
         x = trajectories.latents_GKNC[:, k].to(new.mean)
         mean_ref, std = policy.dynamics.moments(x, policy.reference_velocity(x, sigma), sigma, sigma_next)
-        published = self.kl_form == "flow_grpo" and getattr(policy.dynamics, "diffuses", True)
-        variance = std**2 / (sigma - sigma_next) if published else std**2
+        without_delta = self.kl_form == "flow_grpo" and getattr(policy.dynamics, "diffuses", True)
+        variance = std**2 / (sigma - sigma_next) if without_delta else std**2
         return gaussian_kl(new.mean, mean_ref, variance)
 
 

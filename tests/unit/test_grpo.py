@@ -50,9 +50,9 @@ def test_kl_is_a_weighted_velocity_distance(dynamics: FlowSde | Dance, s: float)
     torch.testing.assert_close(kl, expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize(("form", "published"), [("exact", False), ("flow_grpo", True)])
-def test_the_two_forms_of_the_kl_by_hand(form: Literal["exact", "flow_grpo"], published: bool) -> None:
-    """‖μ − μ_ref‖²/(2·s²Δ), and as Flow-GRPO publishes it ‖μ − μ_ref‖²/(2·s²); s = a·√(σ/(1−σ)), at σ = 1 with 1 − σ'."""
+@pytest.mark.parametrize(("form", "without_delta"), [("exact", False), ("flow_grpo", True)])
+def test_the_two_forms_of_the_kl_by_hand(form: Literal["exact", "flow_grpo"], without_delta: bool) -> None:
+    """‖μ − μ_ref‖²/(2·s²Δ), and as in Flow-GRPO's code ‖μ − μ_ref‖²/(2·s²); s = a·√(σ/(1−σ)), at σ = 1 with 1 − σ'."""
     a, policy = 0.7, FormulaPolicy(matrix(1), matrix(2), matrix(9), FlowSde(a=0.7))
     taken = sampled_group(policy)
     for k, term in enumerate(Grpo(kl_beta=1.0, kl_form=form).terms(policy, taken, f64(1, -1, 0, 0), 0)):
@@ -60,20 +60,20 @@ def test_the_two_forms_of_the_kl_by_hand(form: Literal["exact", "flow_grpo"], pu
         delta, s2 = sigma - sigma_next, a**2 * sigma / (1 - (sigma if k else sigma_next))
         difference = policy.velocity(x, sigma) - policy.reference_velocity(x, sigma)
         apart = (1 + s2 * (1 - sigma) / (2 * sigma)) * delta * difference  # what μ has of v
-        expected = (apart**2).mean(dim=(1, 2)) / (2 * s2 * (1 if published else delta))
+        expected = (apart**2).mean(dim=(1, 2)) / (2 * s2 * (1 if without_delta else delta))
         assert term.kl_G is not None
         torch.testing.assert_close(term.kl_G, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_the_published_kl_of_cps_is_the_exact_one() -> None:
+def test_both_forms_of_the_kl_of_cps_are_the_exact_one() -> None:
     """Its standard deviation is σ'·sin(aπ/2), and Flow-CPS divides by twice its square."""
     policy = FormulaPolicy(matrix(1), matrix(2), matrix(9), Cps(a=0.6))
     taken = sampled_group(policy)
     forms: tuple[Literal["exact", "flow_grpo"], ...] = ("exact", "flow_grpo")
     one, two = ([*Grpo(kl_beta=1.0, kl_form=form).terms(policy, taken, f64(1, -1, 0, 0), 0)] for form in forms)
-    for exact, published in zip(one, two, strict=True):
-        assert exact.kl_G is not None and published.kl_G is not None and exact.kl_G.any()
-        assert torch.equal(exact.kl_G, published.kl_G)
+    for exact, other in zip(one, two, strict=True):
+        assert exact.kl_G is not None and other.kl_G is not None and exact.kl_G.any()
+        assert torch.equal(exact.kl_G, other.kl_G)
 
 
 def test_kl_is_that_of_torch_distributions() -> None:
