@@ -224,7 +224,9 @@ def gaussian_logprob(sample: Float[Tensor, "B N C"], mean: Float[Tensor, "B N C"
 
 
 def shifted_sigmas(steps: int, shift: float) -> tuple[float, ...]:
-    """FLUX's and Wan's schedule: u from 1 to 1/steps, σ = shift·u/(1 + (shift−1)u), then 0.
+    """FLUX's schedule, and nearly Wan's: u = 1 − k/steps, σ = shift·u/(1 + (shift−1)u), then 0.
+
+    diffusers' scheduler for Wan takes u = 1 − 0.999·k/steps, which differs most at the end.
 
     Written so that the first σ is exactly 1 in floating point.
     """

@@ -76,11 +76,15 @@ def run_stock(pipeline: Any, worker: RolloutWorker, seeds: list[int], steps: int
 
 
 def test_the_schedule_is_that_of_wans_own_scheduler(folders: dict[int, str]) -> None:
-    theirs = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
+    """But for its last thousandth: before the shift theirs goes to 0.001, ours to 0."""
+    theirs = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     theirs.set_timesteps(20)
-    ours = wan(folders[1], shift=5.0).load("cpu").sigmas(20)
-    # Theirs begins at 0.999 instead of 1, which moves its middle a little.
-    np.testing.assert_allclose(ours[:-1], theirs.sigmas[:-1], atol=5e-3)
+    ours = wan(folders[1], shift=3.0).load("cpu").sigmas(20)
+    # Theirs is in float32 and begins at 1 − 10⁻⁶.
+    for sigmas, way, tolerance in ((ours, 1.0, 1e-12), (theirs.sigmas.numpy(), 0.999, 2e-6)):
+        u = 1 - way * np.arange(20) / 20
+        np.testing.assert_allclose(np.array(sigmas), np.append(3 * u / (1 + 2 * u), 0), rtol=0, atol=tolerance)
+    assert ours[-2] == pytest.approx(0.1364, abs=1e-4) and theirs.sigmas[-2] == pytest.approx(0.1387, abs=1e-4)
 
 
 @pytest.mark.parametrize(
