@@ -100,6 +100,23 @@ def test_ratio_is_exactly_one_for_every_window_and_solver(config: RunConfig, win
         assert torch.equal(policy.rescore(group.trajectories, k).logprob, group.trajectories.logprobs_GK[:, k])
 
 
+@pytest.mark.parametrize("dynamics", [FlowSde(a=0.7), Dance(eta=0.3), Cps(a=0.7)], ids=lambda d: type(d).__name__)
+def test_the_noise_is_normal_and_nobodys_but_its_own(config: RunConfig, dynamics: Dynamics) -> None:
+    """(x' − μ)/std of every step and sibling, and the noise that each began with: bounds are four standard errors and more."""
+    group, _ = sampled(config, group_size=8, steps=8, dynamics=dynamics, same_noise=False)
+    policy, kept = BoundPolicy(Learner(config).model, group.conditioning, dynamics), group.trajectories
+    with torch.no_grad():
+        again = [policy.rescore(kept, k) for k in range(7)]
+    noises = [kept.latents_GKNC[:, 0], *((s.next_sample - s.mean) / s.std for s in again)]
+    z = torch.cat(noises).flatten(1).double()  # a row for each sibling of each step
+    rows, numbers = z.shape
+    assert (rows, numbers) == (64, 64)
+    assert z.mean().abs() < 4 / z.numel() ** 0.5
+    assert (z.square().mean() - 1).abs() < 4 * (2 / z.numel()) ** 0.5
+    between = (z @ z.T / numbers)[~torch.eye(rows, dtype=torch.bool)]
+    assert between.abs().max() < 6 / numbers**0.5
+
+
 def test_flash_saves_calls_after_the_window_only(config: RunConfig) -> None:
     group, calls = sampled(config, steps=8, window=at(1, 2, flash=0.4), same_noise=True, solver=Multistep())
     assert calls == [1, 4, 4, 4, 4]

@@ -58,6 +58,13 @@ def test_logprob_is_the_normal_density(dynamics: Dynamics) -> None:
 
 
 @pytest.mark.parametrize("dynamics", DYNAMICS, ids=lambda d: type(d).__name__)
+def test_a_step_is_its_mean_and_its_noise_times_its_standard_deviation(dynamics: Dynamics) -> None:
+    x, v, noise = latents()
+    taken, (mean, std) = step(dynamics, x, v, 0.8, 0.6, noise=noise), dynamics.moments(x, v, 0.8, 0.6)
+    assert std > 0 and torch.equal(taken.next_sample, mean + std * noise)
+
+
+@pytest.mark.parametrize("dynamics", DYNAMICS, ids=lambda d: type(d).__name__)
 def test_rescoring_gives_the_sampled_logprob_bit_for_bit(dynamics: Dynamics) -> None:
     x, v, noise = (t.float() for t in latents())
     taken = step(dynamics, x, v, 0.8, 0.6, noise=noise)
@@ -88,6 +95,12 @@ def test_cps_keeps_the_noise_level(sigma: float, share: float, a: float) -> None
     x, v = sigma * one, one  # x0 = 0, ε = 1
     mean, c = Cps(a=a).moments(x, v, sigma, sigma * share)
     assert float(mean) ** 2 + c**2 == pytest.approx((sigma * share) ** 2, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("a", [0.3, 0.7])
+def test_cps_has_a_share_of_fresh_noise_by_formula(a: float) -> None:
+    x, v, _ = latents()
+    assert Cps(a=a).moments(x, v, 0.8, 0.6)[1] == pytest.approx(0.6 * math.sin(a * math.pi / 2), rel=1e-12)
 
 
 def test_cps_with_a_1_is_entirely_fresh_noise() -> None:
