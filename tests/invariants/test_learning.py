@@ -221,6 +221,24 @@ def test_kl_pulls_back_to_the_base(config: RunConfig) -> None:
     assert kl[0] > 0 and kl[-1] < 0.8 * kl[0]
 
 
+def test_the_pull_to_the_base_weighs_beta(config: RunConfig) -> None:
+    """∇L(β) − ∇L(0) = β·∇KL, the mean over siblings and steps."""
+    beta = 0.3
+    pulled, free = (Learner(replace(config, objective=Grpo(kl_beta=b))) for b in (beta, 0.0))
+    nudged(pulled, 0.2)
+    (group,) = rolled_out(config, nudged(free, 0.2))
+    seen = [_gradient_of_update(learner, group, np.array([1.5, -0.5, -1.0, 0.0])) for learner in (pulled, free)]
+    policy = BoundPolicy(free.model, group.conditioning, config.sampling.dynamics)
+    free.optimizer.zero_grad()
+    steps = len(group.trajectories.steps_K)
+    for term in Grpo(kl_beta=1.0).terms(policy, group.trajectories, torch.zeros(4), 0):
+        assert term.kl_G is not None
+        (term.kl_G.sum() / (4 * steps)).backward()
+    for one, two, p in zip(*seen, free.parameters, strict=True):
+        assert p.grad is not None and p.grad.any()
+        torch.testing.assert_close(one - two, beta * p.grad, rtol=1e-3, atol=1e-3 * float(p.grad.abs().max()))
+
+
 def test_better_siblings_become_likelier(config: RunConfig) -> None:
     learner = Learner(replace(config, objective=Grpo(clip=0.2)))
     (group,) = rolled_out(config, learner.adapter())
