@@ -76,8 +76,8 @@ class WinRate(_Pairwise):
 class BradleyTerry(_Pairwise):
     """Strengths from an incomplete set of pairs, reported as the win rate they predict against the group.
 
-    R(i) = mean over j != i of P(i beats j) = 1/(1 + exp(s_j - s_i)), so that the numbers mean the same as
-    ``WinRate``'s and their spread is comparable.
+    R(i) = mean over j != i of P(i beats j) = 1/(1 + exp(s_j - s_i)), so that the numbers mean the same as ``WinRate``'s. The prior
+    makes their spread smaller; without it and the position, they are the win rates of a complete group.
     """
 
     prior: float = 0.3

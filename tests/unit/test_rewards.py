@@ -186,9 +186,29 @@ def test_bradley_terry_orders_a_group_from_a_third_of_its_pairs() -> None:
     assert np.corrcoef(found, -np.arange(12))[0, 1] > 0.85
 
 
-def test_bradley_terry_predicts_the_win_rate_of_a_complete_group() -> None:
-    answers = [verdict(i, j, 0.5) for i, j in RoundRobin().pairs(5, 0)]
-    np.testing.assert_allclose(BradleyTerry()(5, answers, "p").rewards_G, 0.5)
+def test_bradley_terry_reports_the_mean_chance_against_the_others() -> None:
+    answers = [(0, 1, 0.0), (1, 2, 0.0), (2, 0, 1.0)]
+    (s0, s1, s2), _ = bradley_terry(answers, 3, prior=0.3, position=True)
+    assert s0 > s1 > s2
+
+    def chance(one: float, other: float) -> float:
+        return 1 / (1 + math.exp(other - one))
+
+    by_hand = [(chance(s0, s1) + chance(s0, s2)) / 2, (chance(s1, s0) + chance(s1, s2)) / 2]
+    by_hand.append((chance(s2, s0) + chance(s2, s1)) / 2)
+    found = BradleyTerry()(3, [verdict(*answer) for answer in answers], "p").rewards_G
+    np.testing.assert_allclose(found, by_hand, rtol=1e-12)
+
+
+def test_bradley_terry_of_a_complete_group_is_its_win_rate() -> None:
+    """The likelihood is largest where each sibling's expected wins are those that it has; 0 > 1 > 2 > 3 > 0 separates nobody."""
+    beaten = {(0, 1): 0.0, (1, 2): 0.0, (2, 3): 0.0, (0, 3): 1.0, (0, 2): 0.0, (1, 3): 0.5}
+    answers = [verdict(i, j, winner) for (i, j), winner in beaten.items()]
+    rates = WinRate()(4, answers, "p").rewards_G
+    np.testing.assert_allclose(rates, np.array([2, 1.5, 1, 1.5]) / 3)
+    found = BradleyTerry(prior=1e-6, position=False)(4, answers, "p").rewards_G
+    np.testing.assert_allclose(found, rates, atol=1e-5)
+    assert BradleyTerry(position=False)(4, answers, "p").rewards_G.std() < rates.std()
 
 
 def test_pointwise_scores_by_hand() -> None:
