@@ -124,7 +124,9 @@ def test_a_masked_member_carries_no_loss(config: RunConfig) -> None:
     learner = Learner(config)
     (group,) = rolled_out(config, nudged(learner))
     masked = _gradient_of_update(learner, group, np.array([1.0, -1.0, 0.5, np.nan]))
-    zeroed = _gradient_of_update(Learner(config), group, np.array([0.0, 0.0, 0.0, np.nan]))
+    fresh = Learner(config)
+    fresh._matters = lambda advantage: True  # the group is not passed over
+    zeroed = _gradient_of_update(fresh, group, np.array([0.0, 0.0, 0.0, np.nan]))
     went = group.trajectories.next_latents_GKNC.clone()
     went[3] = -went[3]  # the masked member went elsewhere
     other = replace(group, trajectories=replace(group.trajectories, next_latents_GKNC=went))
@@ -132,7 +134,7 @@ def test_a_masked_member_carries_no_loss(config: RunConfig) -> None:
     assert all(torch.isfinite(g).all() for g in masked) and any(g.any() for g in masked)
     for one, two in zip(masked, again, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-8)
-    assert not any(g.any() for g in zeroed)
+    assert zeroed and not any(g.any() for g in zeroed)
 
 
 @pytest.mark.parametrize(
