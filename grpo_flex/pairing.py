@@ -107,7 +107,7 @@ class Calibrated:
     def pairs(self, group_size: int, seed: int) -> list[Pair]:
         share = next(share for size, share in reversed(SHARES.items()) if size <= max(group_size, min(SHARES)))
         even = group_size % 2 == 0
-        if even and share > 1:
+        if share == 2 or (even and share > 1):
             return Budgeted(share=share).pairs(group_size, seed)
         edges = spread_edges(group_size)
         count = max(group_size - 1, round(share * len(edges)))
@@ -136,7 +136,7 @@ def _odd_part(edges: Sequence[Pair], group_size: int, least: int) -> list[Pair]:
     return list(rest) or [edge for edge in edges if any(t.issuperset(edge) for t in triangles)]
 
 
-SHARES = {2: 2.0, 5: 1.6, 6: 1.3, 7: 1.25, 8: 1.1, 9: 1.0, 12: 0.9, 16: 0.8, 20: 0.75, 24: 0.7}
+SHARES = {2: 2.0, 6: 1.3, 7: 1.25, 8: 1.1, 9: 1.0, 12: 0.9, 16: 0.8, 20: 0.75, 24: 0.7}
 """From this group size on -> the smallest share of ``Budgeted`` whose advantages correlate by 0.95 or more with those of all
 pairs in both orders, with win rates as with Bradley-Terry, in each of three seeds of benchmarks/judge_budget.py."""
 
