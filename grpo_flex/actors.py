@@ -118,7 +118,7 @@ class LearnerActor:
 
     def begin(self, batch: UpdateBatch, of: int, step: int) -> None:
         """A head start on the update of ``of`` groups, with the first ones of them."""
-        own = [i for i in self.learner.shares(of)[0].own if i < len(batch.groups)]
+        own = self.learner.to_begin(len(batch.groups), of)  # not what earlier calls have fetched
         with suppress(ObjectLostError):  # the update needs them too, and says so
             self.learner.begin(self._fetch(batch, own, self.learner.sharded), batch.advantages, of, step)
 

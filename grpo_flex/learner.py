@@ -162,9 +162,13 @@ class Learner:
             advantages: of the first groups of the step; ``groups`` as in ``update``.
             of: how many groups the update will have.
         """
-        dealt = range(0, len(advantages), self.config.optimizer.updates(of))
-        own = self.shares(of)[0].own[: len(dealt) // self.ranks.size]
-        self._add_up(groups, masked(advantages, finite_members(groups, own)), own, step_index)
+        new = self.to_begin(len(advantages), of)
+        self._add_up(groups, masked(advantages, finite_members(groups, new)), new, step_index)
+
+    def to_begin(self, given: int, of: int) -> list[int]:
+        """Those of this rank's groups that ``begin`` will look at, if it is given so many of the step's ``of``."""
+        dealt = range(0, given, self.config.optimizer.updates(of))
+        return self.shares(of)[0].own[self._begun : len(dealt) // self.ranks.size]
 
     def update(self, groups: Groups, advantages: Sequence[np.ndarray], step_index: int) -> UpdateResult:
         """One rollout's updates: the groups are dealt out among ``updates_per_rollout`` optimiser steps.
@@ -244,7 +248,7 @@ class Learner:
 
     def _optimise(self, groups: Groups, advantages: Sequence[np.ndarray], share: Share, step_index: int) -> None:
         """One optimiser step on the mean loss over all unmasked siblings and passes of its groups, on all ranks."""
-        self._add_up(groups, advantages, share.own, step_index)
+        self._add_up(groups, advantages, share.own[self._begun :], step_index)
         self._begun = 0
         for i in share.filling:
             self._backward(i, groups[i], np.full_like(advantages[i], np.nan), step_index)
@@ -263,14 +267,14 @@ class Learner:
             self.weights.sync()
             self._moved = True
 
-    def _add_up(self, groups: Groups, advantages: Sequence[np.ndarray], own: Sequence[int], step_index: int) -> None:
-        """Add the gradients of those of this rank's groups that are not in yet, in their order; the sum of the losses."""
+    def _add_up(self, groups: Groups, advantages: Sequence[np.ndarray], new: Sequence[int], step_index: int) -> None:
+        """Add the gradients of those of this rank's groups that are next, in their order."""
         if not self._begun:
             self.optimizer.zero_grad(set_to_none=False)
-        for i in own[self._begun :]:
+        for i in new:
             if self.sharded or (self._weight(groups[i], advantages[i]) and self._matters(advantages[i])):
                 self._backward(i, groups[i], advantages[i], step_index)
-        self._begun = len(own)
+        self._begun += len(new)
 
     def _weight(self, group: RolloutGroup, advantage: np.ndarray) -> int:
         return int(np.isfinite(advantage).sum()) * self.config.objective.passes(group.trajectories)

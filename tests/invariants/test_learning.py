@@ -210,7 +210,8 @@ def test_a_head_start_changes_no_bit(config: RunConfig, updates: int) -> None:
         groups = [replace(group, policy_version=step) for group in groups]
         before = [p.detach().clone() for p in begun.parameters]
         for first in (1, 1, 2):
-            begun.begin(groups[:first], advantages[:first], len(groups), step)
+            new = {i: groups[i] for i in begun.to_begin(first, len(groups))}
+            begun.begin(new, advantages[:first], len(groups), step)
         assert all(map(torch.equal, before, begun.parameters))
         assert begun.update(groups, advantages, step) == straight.update(groups, advantages, step)
         assert all(map(torch.equal, straight.parameters, begun.parameters))
