@@ -13,5 +13,6 @@ def config() -> RunConfig:
         "name=wan21_1_3b_flex",
         "generator.model=Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
         "placement.rollout_workers=3",
+        "placement.update_timeout_s=7200",
     )
     return override(wan21_14b_flex.config(), changes)

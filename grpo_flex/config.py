@@ -402,7 +402,8 @@ class Placement:
     """How often learners that died, hang or failed are started again from the last completed step without completing
     another; then the run ends."""
     update_timeout_s: float = 3600.0
-    """Learners that take longer than this for an update are taken for hung."""
+    """Learners that take longer than this for an update are taken for hung, and several of them wait no longer for each
+    other. It has to exceed any update by far; `plan --tflops` says if it does not."""
     shard_base: bool = False
     """Share the frozen base weights out among the learners (FSDP2) instead of keeping them whole in each."""
     broadcast: bool = False

@@ -75,6 +75,8 @@ class Plan:
     """Of one denoising step of a whole group."""
     rollout_flops: int
     """Of all groups of a step, decoding included."""
+    longest_call: int = 0
+    """FLOPs of a worker's longest call: groups that it samples together, or a batch of held-out samples."""
     update_flops: int
     judge_calls: int
 
@@ -117,7 +119,7 @@ def make_plan(config: RunConfig) -> Plan:
     parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in _modules(_blank(config)).items()}
     with without_weights():
         learner, adapter, update, published = _learner(config)
-        worker, forward, rollout, stored = _worker(config)
+        worker, forward, rollout, longest, stored = _worker(config)
     groups = config.prompts.per_step
     return Plan(
         config=config,
@@ -128,6 +130,7 @@ def make_plan(config: RunConfig) -> Plan:
         published=published,
         forward_flops=forward,
         rollout_flops=groups * rollout,
+        longest_call=longest,
         update_flops=groups * update,
         judge_calls=judge_calls(config),
     )
@@ -278,8 +281,9 @@ def _trajectories(config: RunConfig, shape: tuple[int, int], size: int) -> Traje
     )
 
 
-def _worker(config: RunConfig) -> tuple[Process, int, int, int]:
-    """A rollout worker; FLOPs of a denoising step and of the rollout of one group; bytes that it leaves on the host."""
+def _worker(config: RunConfig) -> tuple[Process, int, int, int, int]:
+    """A rollout worker; FLOPs of a denoising step, of the rollout of one group and of the longest call; bytes that a group
+    leaves on the host."""
     import torch
 
     from grpo_flex.generators.blank import stand_in
@@ -307,8 +311,13 @@ def _worker(config: RunConfig) -> tuple[Process, int, int, int]:
     stored = path + media + sum(t.nbytes for t in told.values())
     together, apart = _forwards(config)
     rollout = (together + apart * size) * group.step_flops + size * group.decode_flops
+    longest = max(
+        worker.together * rollout,
+        shown * (config.sampling.eval_steps * heldout.step_flops + heldout.decode_flops),
+    )
     weights = _weights(config, _weights_of_all(config, model))
-    return _moments(config, weights, adapter, path, group, heldout), size * group.step_flops, rollout, stored
+    process = _moments(config, weights, adapter, path, group, heldout)
+    return process, size * group.step_flops, rollout, longest, stored
 
 
 @dataclass(frozen=True, kw_only=True)

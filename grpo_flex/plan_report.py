@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from grpo_flex.config import Full
@@ -83,6 +84,21 @@ def _step(plan: Plan, tflops: float, judge_rate: float) -> Iterator[str]:
         yield f"  {'together':<12}{'':>24}{whole:>12,.1f} s, if a GPU sustains {tflops:g} TFLOP/s" + (
             "" if judge_rate else "; without the judge, whose --judge-rate is not given"
         )
+        yield from _limits(plan, update, plan.longest_call / (tflops * 1e12))
+
+
+def _limits(plan: Plan, update: float, call: float) -> Iterator[str]:
+    """The limits of time that an update, or a worker's longest call, would not keep; both in seconds."""
+    place = plan.config.placement
+    for field, limit, seconds, what in (
+        ("update_timeout_s", place.update_timeout_s, update, "an update"),
+        ("rollout_timeout_s", place.rollout_timeout_s, call, "the longest call of a rollout worker"),
+    ):
+        if seconds > limit:
+            yield (
+                f"\nplacement.{field} is {limit:g}, and {what} would take {seconds:,.0f} s: who takes longer is taken for hung "
+                f"and started again. Set twice that, placement.{field}={2 * math.ceil(seconds)}, or more."
+            )
 
 
 def _fit(plan: Plan, gpus: int, gpu_memory: float) -> Iterator[str]:

@@ -31,6 +31,7 @@ from grpo_flex.overrides import override
 from grpo_flex.plan import GIB, Plan, Process, make_plan
 from grpo_flex.plan_changes import first_change
 from grpo_flex.plan_report import report
+from grpo_flex.rollout import HELDOUT_BATCH
 from grpo_flex.tracing import LiveBytes, cost, saved_bytes
 from tests import tiny_pictures as pictures
 from tests.configs import tiny_config
@@ -141,6 +142,8 @@ def test_flops_of_sampling_are_those_that_pytorch_counts(tiny: RunConfig, tiny_p
         steps.append(counted.get_total_flops())
     assert tiny_plan.forward_flops == steps[0]
     assert tiny_plan.rollout_flops == tiny.prompts.per_step * (tiny.sampling.steps * steps[0] + steps[1])
+    groups = HELDOUT_BATCH // tiny.sampling.group_size
+    assert tiny_plan.longest_call == groups * (tiny.sampling.eval_steps * steps[0] + steps[1])
 
 
 def test_recomputing_takes_memory_and_costs_flops(tiny: RunConfig, tiny_plan: Plan) -> None:
@@ -299,6 +302,21 @@ def test_times_follow_from_what_is_given(config: RunConfig) -> None:
     assert "13.0 s, if a GPU sustains 100 TFLOP/s" in lines
     assert "placement asks for 3 GPUs and there are 1" in lines
     assert " s, " not in "\n".join(report(made, 3, 80, tflops=0, judge_rate=0))
+
+
+@pytest.mark.parametrize(
+    ("field", "limit", "kept"),
+    [("update_timeout_s", 2.9, False), ("update_timeout_s", 3.1, True), ("rollout_timeout_s", 4.9, False), ("rollout_timeout_s", 5.1, True)],
+)  # fmt: skip
+def test_a_limit_that_healthy_processes_would_break_is_said(
+    config: RunConfig, field: str, limit: float, kept: bool
+) -> None:
+    """An update takes 3 s here, and a worker's longest call 5."""
+    config = replace(config, placement=replace(config.placement, **{field: limit}))
+    made = replace(planned(config, process("learner", 1, 1, 20)), longest_call=5 * 10**14)
+    lines = "\n".join(report(made, 0, 0, tflops=100, judge_rate=0))
+    assert (f"placement.{field} is {limit:g}" in lines) is not kept and ("taken for hung" in lines) is not kept
+    assert "taken for hung" not in "\n".join(report(made, 0, 0, tflops=0, judge_rate=0))
 
 
 @pytest.mark.parametrize(

@@ -56,3 +56,21 @@ def test_the_editing_recipe_has_pictures_to_edit() -> None:
         prompts = read_prompts(getattr(made.prompts, name), name)
         assert len(prompts) >= (made.prompts.per_step if name == "train" else 1)
         assert {fitted_source(prompt, 72, 48).size for prompt in prompts} == {(72, 48)}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "update"),
+    [
+        ("wan21_14b_flex", 2_376_511),
+        ("wan22_a14b_flex", 2_376_511),
+        ("wan21_1_3b_flex", 299_494),
+        ("flux1_dev_flex", 281_944),
+        ("flux1_dev_flex_full", 348_719),
+        ("flux2_klein_flex", 999_515),
+        ("flux2_klein_edit", 493_187),
+    ],
+)
+def test_no_update_is_taken_for_a_hang(recipe: str, update: int) -> None:
+    """``update``: TFLOP of a step by the plan. An A100 may sustain 180 TFLOP/s, and may be half as fast as was thought."""
+    place = load_experiment(f"experiments/{recipe}.py").placement
+    assert place.update_timeout_s > 2 * update / 180 / place.learners
