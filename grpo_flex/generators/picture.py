@@ -135,6 +135,10 @@ class PictureModel:
 
         self.config: Any = config
         self.device, self.dtype = device, getattr(torch, config.dtype)
+        if device.startswith("cuda") and self.dtype == torch.bfloat16:
+            # The adapter's matrices are float32. TF32 has more mantissa than the bfloat16 before and after them, and runs on
+            # tensor cores; exact float32 does not. A setting of the whole process, which holds one model.
+            torch.set_float32_matmul_precision("high")
         self.pipeline = self._load()
         self.transformer: Any = self.pipeline.transformer
         self._fit()

@@ -154,6 +154,28 @@ def test_bfloat16_weights_keep_adapter_optimiser_and_log_probs_in_float32(config
     assert moments and {t.dtype for t in moments} == {torch.float32}
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype", "precision"),
+    [("cuda", "bfloat16", "high"), ("cuda", "float32", "highest"), ("cpu", "bfloat16", "highest")],
+)
+def test_an_adapter_beside_bfloat16_on_a_gpu_takes_tensor_cores(
+    flux: Flux, device: str, dtype: str, precision: str
+) -> None:
+    class Unloaded(PictureModel):
+        def _load(self) -> Any:
+            return SimpleNamespace(transformer=None)
+
+        def _fit(self) -> None:
+            pass
+
+    before = torch.get_float32_matmul_precision()
+    try:
+        Unloaded(replace(flux, dtype=dtype), device)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_parts_wake_for_their_work_and_sleep_after_it() -> None:
     part = SimpleNamespace(places=[])
     part.to = part.places.append
