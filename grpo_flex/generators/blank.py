@@ -124,29 +124,45 @@ def stand_in(model: Any) -> Conditioning:
 
 def _component(name: str, config: Mapping[str, Any], dtype: Any, device: str) -> Any:
     import diffusers
-    import torch
     import transformers
 
     cls: Any = getattr(diffusers, name, None)
     if cls is not None:
         if not hasattr(cls, "parameters"):  # a scheduler: its noise levels are numbers, wherever the weights are
             return cls.from_config(dict(config))
-        with torch.device(device):
+        with _born(dtype, device):
             module = cls.from_config(dict(config))
         kept = cls._keep_in_fp32_modules or []
     else:
         cls = getattr(transformers, name)
-        with torch.device(device):
+        with _born(dtype, device):
             module = cls(cls.config_class(**config))
         kept = getattr(cls, "_keep_in_fp32_modules_strict", None) or []
     return _cast(module, dtype, tuple(kept)).eval()
 
 
+@contextmanager
+def _born(dtype: Any, device: str) -> Iterator[None]:
+    """Tensors that are made meanwhile are of this precision (None: torch's default) and there: a large model made in
+    float32 and then cast would need a GPU twice its size."""
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def _cast(module: Any, dtype: Any, kept: tuple[str, ...]) -> Any:
     """The module in ``dtype``, but for the parts that its class wants in float32 whatever the rest is."""
+    import torch
+
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if dtype is not None and tensor.is_floating_point() and not any(part in name.split(".") for part in kept):
-            tensor.data = tensor.data.to(dtype)
+        if dtype is not None and tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32 if any(part in name.split(".") for part in kept) else dtype)
     return module
 
 

@@ -243,6 +243,22 @@ def test_every_generator_can_be_planned(kind: str, tmp_path: Path, config: RunCo
         assert all(parts["activations"] > 0 for name, parts in process.moments.items() if name != "encoding")
 
 
+@pytest.mark.parametrize("kind", ["flux", "wan"])
+def test_a_blank_pipeline_takes_no_more_memory_while_it_is_made(kind: str, tmp_path: Path) -> None:
+    """On the device that it is made for, and not twice as much, as in float32. Wan keeps parts of its own in that."""
+    stock = TINY[kind][0]()
+    stock.save_pretrained(tmp_path)
+    texts: dict[str, Any] = {name: None for name in stock.components if name.startswith("text_encoder")}
+    with LiveBytes() as live:
+        made = blank_pipeline(type(stock), describe(str(tmp_path)), torch.bfloat16, "cpu", texts)
+    parts = (made.transformer, made.vae)
+    tensors = [t for part in parts for t in (*part.parameters(), *part.buffers())]
+    assert live.peak < 1.3 * sum(t.nbytes for t in tensors)
+    wide = {n for n, t in made.transformer.named_parameters() if t.dtype == torch.float32}
+    assert bool(wide) == (kind == "wan") and all("time_embedder" in n or "norm" in n or "table" in n for n in wide)
+    assert torch.get_default_dtype() == torch.float32
+
+
 def test_an_unknown_model_is_refused_with_the_way_out(config: RunConfig) -> None:
     generator: Any = config.generator
     with pytest.raises(
