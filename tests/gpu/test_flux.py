@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import measure
+from benchmarks.gpu import Row, measure, plans
 from benchmarks.gpu_flux import config as benchmark
 from grpo_flex.config import RunConfig
 from grpo_flex.overrides import override
@@ -20,10 +20,13 @@ from tests.tiny import tiny_flux
 pytestmark = pytest.mark.gpu
 
 
+def measured(config: RunConfig) -> Row:
+    return measure(config, plans(config), "", "cuda")
+
+
 def test_rollout_and_update_agree_in_bfloat16() -> None:
     """With the same weights and batch, log p differs by rounding at the most: the clip range is 1e-4."""
-    row = measure(benchmark(tiny=True, group_size=8, steps=6), "tiny", "cuda")
-    assert row.largest_gap < 1e-4
+    assert measured(benchmark(tiny=True, group_size=8, steps=6)).largest_gap < 1e-4
 
 
 def test_samples_equal_the_stock_pipelines(config: RunConfig, tmp_path: Path) -> None:
@@ -50,7 +53,7 @@ def large(checkpoint_every: int) -> RunConfig:
 
 
 def test_recomputing_lowers_the_peak_and_the_plan_foretells_it() -> None:
-    kept, recomputed = (measure(large(n), "", "cuda") for n in (0, 1))
+    kept, recomputed = (measured(large(n)) for n in (0, 1))
     assert recomputed.peak_gib < 0.6 * kept.peak_gib
     for row in (kept, recomputed):
         assert row.planned_gib == pytest.approx(row.peak_gib, rel=0.15)
