@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -171,7 +172,10 @@ def _measured(call: Callable[[], Any], device: str) -> tuple[float, int]:
 
 
 def run(config: RunConfig, arguments: argparse.Namespace) -> list[Row]:
-    """All blocks recomputed, without and with compiling; each in a process's memory of its own as far as it can be freed."""
+    """All blocks recomputed, without and with compiling; each in a process's memory of its own as far as it can be freed.
+
+    Each is printed when it is there, and what has been measured stands if the next one fails.
+    """
     import gc
 
     import torch
@@ -183,30 +187,36 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> list[Row]:
     if not arguments.no_compile:
         settings["recomputed, compiled"] = {"checkpoint_every": 1, "compile": True}
     planned = plans(with_memory(config, checkpoint_every=1))  # compiling changes nothing of it
-    rows = []
+    rows: list[Row] = []
     for name, changes in settings.items():
-        rows.append(measure(with_memory(config, **changes), planned, name, device))
+        try:
+            row = measure(with_memory(config, **changes), planned, name, device)
+        except RuntimeError:  # of the compiler, a kernel or the allocator
+            if not rows:
+                raise
+            traceback.print_exc()
+            print(f"{name}: failed, see above", flush=True)
+            break
+        _print(row, arguments.peak_tflops)
+        rows.append(row)
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
-    _print(rows, arguments.peak_tflops)
     return rows
 
 
-def _print(rows: list[Row], peak_tflops: float) -> None:
-    for row in rows:
+def _print(row: Row, peak_tflops: float) -> None:
+    def rate(tflops: float) -> str:
+        return f"{tflops:8.3f} TFLOP/s" + (f" ({tflops / peak_tflops:.1%})" if peak_tflops else "")
 
-        def rate(tflops: float) -> str:
-            return f"{tflops:8.3f} TFLOP/s" + (f" ({tflops / peak_tflops:.1%})" if peak_tflops else "")
-
-        print(f"{row.name}")
-        print(f"  rollout of a group   {row.rollout_s:9.3f} s   {rate(row.rollout_tflops)} of the model")
-        print(f"  update of a group    {row.update_s:9.3f} s   {rate(row.update_tflops)} of the model")
-        print(f"  {'':<33}{rate(row.update_hardware_tflops)} of the hardware, recomputation included")
-        print(f"  peak of the rollout  {row.rollout_peak_gib:9.3f} GiB, planned {row.rollout_planned_gib:.3f}")
-        print(f"  peak of decoding     {row.decode_peak_gib:9.3f} GiB, planned {row.decode_planned_gib:.3f}")
-        print(f"  peak of the update   {row.peak_gib:9.3f} GiB, planned {row.planned_gib:.3f}")
-        print(f"  log-prob gap         {row.gap:9.2e} mean, {row.largest_gap:.2e} largest")
+    print(f"{row.name}")
+    print(f"  rollout of a group   {row.rollout_s:9.3f} s   {rate(row.rollout_tflops)} of the model")
+    print(f"  update of a group    {row.update_s:9.3f} s   {rate(row.update_tflops)} of the model")
+    print(f"  {'':<33}{rate(row.update_hardware_tflops)} of the hardware, recomputation included")
+    print(f"  peak of the rollout  {row.rollout_peak_gib:9.3f} GiB, planned {row.rollout_planned_gib:.3f}")
+    print(f"  peak of decoding     {row.decode_peak_gib:9.3f} GiB, planned {row.decode_planned_gib:.3f}")
+    print(f"  peak of the update   {row.peak_gib:9.3f} GiB, planned {row.planned_gib:.3f}")
+    print(f"  log-prob gap         {row.gap:9.2e} mean, {row.largest_gap:.2e} largest", flush=True)
 
 
 def save(described: Description, folder: Path) -> str:

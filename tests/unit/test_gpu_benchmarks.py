@@ -5,6 +5,12 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from benchmarks import gpu, gpu_flux
 
 BLOCKED = """
 import sys
@@ -37,3 +43,24 @@ def test_they_and_all_that_they_need_run_without_ray() -> None:
         assert (
             1.3 * model < hardware < 1.55 * model
         )  # beside a frozen base forward and back cost the same; and forward again
+
+
+def test_a_setting_that_fails_takes_nothing_from_the_one_before(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    numbers: dict[str, Any] = {field.name: 1.0 for field in fields(gpu.Row)}
+    printed: list[str] = []
+
+    def measure(config: Any, planned: Any, name: str, device: str) -> gpu.Row:
+        if config.generator.memory.compile:
+            printed.append(capsys.readouterr().out)
+            raise RuntimeError("no compiler")
+        numbers["name"] = name
+        return gpu.Row(**numbers)
+
+    monkeypatch.setattr(gpu, "plans", lambda _: None)
+    monkeypatch.setattr(gpu, "measure", measure)
+    assert [row.name for row in gpu_flux.main(["--tiny"])] == ["all blocks recomputed"]
+    assert "update of a group" in printed[0]
+    said = capsys.readouterr()
+    assert "recomputed, compiled: failed" in said.out and "no compiler" in said.err
