@@ -25,7 +25,8 @@ class Memory:
     compile: bool = False
     """torch.compile of the repeated block, at its first call in each process."""
     attention: str = "native"
-    """Diffusers' name of the attention back-end; native is PyTorch's SDPA. Others: "_native_cudnn", "flash", "sage", …"""
+    """Diffusers' name of the attention back-end. "native" is PyTorch's SDPA with the kernel of its own choice, on Hopper and
+    newer perhaps cuDNN's, else mostly flash attention. Others: "_native_cudnn", "_native_flash", "flash", "sage", …"""
     vae_slicing: bool = False
     """Decode the pictures of a batch one by one."""
     vae_tiling: bool = False
