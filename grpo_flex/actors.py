@@ -45,6 +45,7 @@ _two: Any = ray.method(num_returns=2)
 
 class RolloutActor:
     def __init__(self, config: RunConfig, device: str, name: str) -> None:
+        _see_gpus(device != "cpu")
         self.config, self.device, self.name = config, device, name
         self.member = Member(device)
         if config.sampling.lookahead:
@@ -95,6 +96,7 @@ class LearnerActor:
     """One of the learners. ``join`` comes first where there are several."""
 
     def __init__(self, config: RunConfig, device: str, rank: int = 0) -> None:
+        _see_gpus(device != "cpu")
         self.config, self.device = config, device
         self.ranks = Ranks(rank, config.placement.learners, device)
         self.member = Member(device)
@@ -245,8 +247,7 @@ class ColocatedActor(LearnerActor):
 
 class ScorerActor:
     def __init__(self, scorer: Any, threads: int, gpus: float) -> None:
-        if not gpus:  # Ray leaves all devices visible to an actor that asked for none
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        _see_gpus(gpus > 0)
         import torch
 
         torch.set_num_threads(threads)
@@ -318,6 +319,16 @@ class JudgeActor(Scribe):
 
     async def close(self) -> None:
         await self.client.close()
+
+
+def _see_gpus(own: bool) -> None:
+    """Before torch looks for GPUs: Ray leaves all of them visible to an actor that asked for none.
+
+    Args:
+        own: whether this actor has asked for some.
+    """
+    if not own:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def _timed(groups: Sequence[RolloutGroup]) -> tuple[float | RolloutGroup, ...]:

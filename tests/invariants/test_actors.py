@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -11,11 +12,12 @@ import pytest
 import torch
 from ray import cloudpickle
 
-from grpo_flex.actors import ColocatedActor, LearnerActor, RolloutActor
+from grpo_flex.actors import ColocatedActor, LearnerActor, RolloutActor, ScorerActor
 from grpo_flex.config import ConfigError, RunConfig
 from grpo_flex.learner import Learner
 from grpo_flex.types import Adapter, Prompt, Role, RolloutGroup
 from grpo_flex.weights import read_adapter
+from tests.configs import Brightness
 from tests.invariants.test_learning import nudged
 
 PROMPT = Prompt(id="p0", text="a red circle on a black background")
@@ -44,6 +46,20 @@ def test_a_worker_holds_what_was_published_bit_for_bit(config: RunConfig) -> Non
     held = read_adapter(actor.worker.model.transformer, 0).tensors
     assert held.keys() == adapter.tensors.keys() and all(torch.equal(held[k], adapter.tensors[k]) for k in held)
     assert group.policy_version == version == 0
+
+
+@pytest.mark.parametrize(("device", "seen"), [("cpu", ""), ("cuda", "0,1")])
+def test_an_actor_sees_no_gpu_that_it_did_not_ask_for(
+    config: RunConfig, device: str, seen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for make in (
+        lambda: RolloutActor(config, device, "rollout-0"),
+        lambda: LearnerActor(config, device),
+        lambda: ScorerActor(Brightness(), 1, float(device == "cuda")),
+    ):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+        make()
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
 
 
 def test_an_adapter_of_another_age_is_refused(config: RunConfig) -> None:
