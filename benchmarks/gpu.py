@@ -18,6 +18,7 @@ from typing import Any
 
 from grpo_flex.config import RunConfig
 from grpo_flex.generators.blank import Description, stand_in, without_weights
+from grpo_flex.generators.memory import grow_segments
 from grpo_flex.plan import GIB, Plan, Process, make_plan
 
 
@@ -180,6 +181,7 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> list[Row]:
 
     import torch
 
+    grow_segments()  # as a run's processes do
     device = "cuda" if torch.cuda.is_available() and not arguments.tiny else "cpu"
     if device == "cpu" and not arguments.tiny:
         raise SystemExit("error: torch sees no CUDA device here; --tiny runs a small model on the CPU")

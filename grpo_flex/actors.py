@@ -25,6 +25,7 @@ from grpo_flex import verdicts
 from grpo_flex.broadcast import Broken, Circle, Member
 from grpo_flex.config import Judge, RunConfig
 from grpo_flex.endpoints import EndpointState
+from grpo_flex.generators.memory import grow_segments
 from grpo_flex.judging import JudgeClient
 from grpo_flex.learner import Learner
 from grpo_flex.ranks import Ranks
@@ -327,7 +328,9 @@ def _see_gpus(own: bool) -> None:
     Args:
         own: whether this actor has asked for some.
     """
-    if not own:
+    if own:
+        grow_segments()
+    else:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 

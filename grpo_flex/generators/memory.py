@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +112,16 @@ class Memory:
             vae.enable_slicing()
         if self.vae_tiling:
             vae.enable_tiling()
+
+
+def grow_segments() -> None:
+    """Let CUDA's allocator grow its segments, before torch's first call of CUDA; what the environment says goes first.
+
+    Sampling, decoding, held-out samples and updates ask for pieces of other sizes each; of segments of fixed sizes, what one
+    of them leaves is of no use to the next.
+    """
+    if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:  # torch reads either
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def repeated_blocks(transformer: Any) -> list[torch.nn.Module]:

@@ -7,13 +7,16 @@ from collections.abc import Iterator
 
 import pytest
 
+OWN = ("CUDA_VISIBLE_DEVICES", "PYTORCH_ALLOC_CONF")
+
 
 @pytest.fixture(autouse=True)
-def gpus_come_back() -> Iterator[None]:
-    """An actor without GPUs hides them from its process, in which later tests may want them."""
-    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+def environment_comes_back() -> Iterator[None]:
+    """What an actor settles for its process; of GPUs that it hides later tests may want one."""
+    before = {name: os.environ.get(name) for name in OWN}
     yield
-    if before is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = before
-    else:
-        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

@@ -20,6 +20,7 @@ from grpo_flex.weights import read_adapter
 from tests.configs import Brightness
 from tests.invariants.test_learning import nudged
 
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 PROMPT = Prompt(id="p0", text="a red circle on a black background")
 
 
@@ -58,8 +59,22 @@ def test_an_actor_sees_no_gpu_that_it_did_not_ask_for(
         lambda: ScorerActor(Brightness(), 1, float(device == "cuda")),
     ):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+        for name in ALLOCATOR:
+            monkeypatch.delenv(name, raising=False)
         make()
         assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
+        assert os.environ.get("PYTORCH_ALLOC_CONF") == ("expandable_segments:True" if device == "cuda" else None)
+
+
+@pytest.mark.parametrize("name", ALLOCATOR)
+def test_what_the_environment_says_of_the_allocator_goes_first(
+    config: RunConfig, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for other in ALLOCATOR:
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, "max_split_size_mb:512")
+    RolloutActor(config, "cuda", "rollout-0")
+    assert {n: os.environ[n] for n in ALLOCATOR if n in os.environ} == {name: "max_split_size_mb:512"}
 
 
 def test_an_adapter_of_another_age_is_refused(config: RunConfig) -> None:
