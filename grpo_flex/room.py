@@ -17,7 +17,8 @@ def check_room(config: RunConfig, say: Callable[[str], None]) -> None:
     Says nothing of a run on CPUs, on a cluster whose GPUs are not this machine's, or of a model that cannot be planned.
 
     Raises:
-        ConfigError: what would lie on one GPU all the time is more than it has, or what makes it less is not installed.
+        ConfigError: what would lie on one GPU all the time is more than it has, what makes it less is not installed, or
+            torch finds none of the GPUs.
     """
     from grpo_flex.plan import make_plan
 
@@ -31,6 +32,7 @@ def check_room(config: RunConfig, say: Callable[[str], None]) -> None:
     memory = smallest_gpu()
     if not memory:
         return
+    _check_torch()
     try:
         plan = make_plan(config)
     except (ConfigError, NotImplementedError, RuntimeError) as error:  # a generator that meta tensors cannot run
@@ -49,6 +51,25 @@ def check_room(config: RunConfig, say: Callable[[str], None]) -> None:
             f"warning: by the plan one GPU will hold {plan.fullest() / GIB:.1f} GiB, and this machine's have "
             f"{memory / GIB:.1f} GiB; {ask}"
         )
+
+
+def _check_torch() -> None:
+    """Refuse GPUs that the driver shows and torch does not find, before each process fails by itself. Makes no CUDA context."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    if torch.version.cuda is None:
+        why = "is a build for CPUs; remove .venv and run make setup here, where nvidia-smi is"
+    else:
+        driver = ", ".join({version for (version,) in _of_each_gpu("driver_version")}) or "unknown"
+        why = (
+            f"is built for CUDA {torch.version.cuda}, for which the driver (version {driver}) may be too old: CUDA 13 wants 580 or "
+            "newer; update the driver, or install a torch of the same version for an older CUDA (pytorch.org)"
+        )
+    raise ConfigError(
+        f"placement asks for GPUs, and nvidia-smi lists some, but torch {torch.__version__} sees none: it {why}"
+    )
 
 
 def smallest_gpu() -> int:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from grpo_flex import plan, room
 from grpo_flex.config import ConfigError, RunConfig
@@ -27,6 +28,7 @@ def on_gpus(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
         update_flops=0, judge_calls=0,
     )  # fmt: skip
     monkeypatch.setattr(plan, "make_plan", lambda _: made)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     return replace(config, placement=replace(config.placement, rollout_gpus=1.0, learner_gpus=1.0))
 
@@ -50,6 +52,27 @@ def test_what_is_too_little_is_refused(on_gpus: RunConfig, monkeypatch: pytest.M
         match=r"30\.0 GiB on one GPU for weights and optimiser alone.*have 24\.0 GiB; .*plan.*CUDA_VISIBLE_DEVICES",
     ):
         room.check_room(on_gpus, print)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "said"),
+    [
+        ("13.0", r"built for CUDA 13\.0.*driver \(version 550\.54\).*580 or newer; update the driver"),
+        (None, "is a build for CPUs; .*make setup"),
+    ],
+)
+def test_gpus_that_torch_does_not_see_are_told_of(
+    on_gpus: RunConfig, cuda: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        room, "_of_each_gpu", lambda what: {"driver_version": [["550.54"]] * 2}.get(what, [["0", "GPU-a", "81920"]])
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    with pytest.raises(ConfigError, match=said):
+        room.check_room(on_gpus, print)
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")  # whose nodes have drivers of their own
+    room.check_room(on_gpus, print)
 
 
 @pytest.mark.parametrize(
