@@ -4,8 +4,8 @@ Siblings go through the transformer in the very batch shape in which they were s
 ``sampling.micro_batch`` makes of it, so that on the CPU in float32 the ratio before the first update is bit-exactly 1.
 
 There are three adapters: θ, which is trained; θ_old, which samples the rollouts (θ itself, unless the objective
-lets it follow more slowly); and an average of θ over the training steps, which is evaluated, shown and exported. Under
-full fine-tuning they are not adapters but whole sets of weights, and only those that differ from θ are kept (``weights.py``).
+lets it follow more slowly); and an average of θ over the training steps, which is evaluated, shown and exported. Only those
+that differ from θ are kept. Under full fine-tuning they are not adapters but whole sets of weights (``weights.py``).
 
 Several learners (``Ranks``) share out the groups of every update and sum their gradients. The loss is divided by the
 weight of all groups, whoever computes them, so that uneven shares and masked siblings count as with one learner.

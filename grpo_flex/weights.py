@@ -50,7 +50,7 @@ class Weights(Protocol):
         ...
 
     def copies(self, needed: bool) -> list[Tensor]:
-        """The parameters' values to keep apart; the parameters themselves where copies are dear and not ``needed``."""
+        """The parameters' values to keep apart; the parameters themselves where that is not ``needed``."""
         ...
 
     def lent(self, values: Sequence[Tensor]) -> AbstractContextManager[None]:
@@ -108,16 +108,17 @@ class Lora:
         pass  # the model computes with the parameters themselves
 
     def copies(self, needed: bool) -> list[Tensor]:
-        return copies(self._parameters)
+        return copies(self._parameters) if needed else list[Any](self._parameters)
 
     def lent(self, values: Sequence[Tensor]) -> AbstractContextManager[None]:
-        return lent(self._parameters, values)
+        same = all(a is b for a, b in zip(values, self._parameters, strict=True))
+        return nullcontext() if same else lent(self._parameters, values)
 
     def base(self) -> AbstractContextManager[None]:
         return without_adapter(self._model.transformer)
 
     def read(self, values: Sequence[Tensor], exact: bool = False) -> dict[str, Tensor]:
-        with lent(self._parameters, values):
+        with self.lent(values):
             return dict(read_adapter(self._model.transformer, 0).tensors)
 
     def read_base(self) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -18,9 +19,10 @@ from grpo_flex.objectives.base import Objective, Policy, Term
 from grpo_flex.objectives.grpo import Grpo
 from grpo_flex.rollout import RolloutWorker
 from grpo_flex.types import Adapter, Prompt, RolloutGroup, Trajectories
-from grpo_flex.weights import follow, lent, warmed_up
+from grpo_flex.weights import Lora, copies, follow, lent, warmed_up
 
 PROMPT = Prompt(id="p0", text="a red circle on a black background")
+OTHER = Prompt(id="p1", text="a blue square on a white background")
 ADVANTAGES = np.array([1.0, -1.0, 0.5, -0.5])
 
 
@@ -29,6 +31,8 @@ class Lagging(Grpo):
     """Grpo, but what samples follows θ only half way."""
 
     clip: float = 0.2
+
+    needs_old: ClassVar[bool] = True
 
     def old_decay(self, update: int) -> float:
         return 0.5
@@ -128,6 +132,40 @@ def test_equal_adapters_are_stored_once(config: RunConfig) -> None:
     assert all(state["old"][k] is state["average"][k] is state["adapter"][k] for k in state["adapter"])
 
 
+@pytest.mark.parametrize("copied_first", [True, False])
+def test_what_equals_theta_is_not_copied_and_nothing_else_changes(
+    config: RunConfig, copied_first: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Beside a learner that copies all the same, as earlier versions did; each goes on from the other's checkpoint."""
+    config = with_ema(config, 0.0)
+    config = replace(config, optimizer=replace(config.optimizer, updates_per_rollout=2))
+
+    def made(copying: bool) -> Learner:
+        with monkeypatch.context() as patched:
+            if copying:
+                patched.setattr(Lora, "copies", lambda self, needed: copies(self._parameters))
+            learner = Learner(config)
+        assert len(learner.apart) == (2 * len(learner.parameters) if copying else 0)
+        return learner
+
+    def trained(learner: Learner, updates: int) -> Learner:
+        for _ in range(updates):
+            worker = RolloutWorker(config)
+            groups = [worker.generate(learner.version, p, learner.adapter()) for p in (PROMPT, OTHER)]
+            learner.update(groups, [ADVANTAGES, -ADVANTAGES], learner.version)
+        return learner
+
+    straight = trained(made(copied_first), 3)
+    torch.save(trained(made(copied_first), 1).state(), tmp_path / "state.pt")
+    resumed = made(not copied_first)
+    resumed.load_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    trained(resumed, 2)
+    for name in ("adapter", "old", "average"):
+        one, two = straight.state()[name], resumed.state()[name]
+        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    assert torch.equal(tensors(straight.adapter()), tensors(resumed.adapter()))
+
+
 def test_what_samples_may_follow_more_slowly(config: RunConfig) -> None:
     config = replace(config, objective=Lagging())
     learner = Learner(config)
@@ -145,6 +183,8 @@ class Seen(Objective):
 
     found: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
 
+    needs_old: ClassVar[bool] = True
+
     def passes(self, trajectories: Trajectories) -> int:
         return 1
 
@@ -161,7 +201,9 @@ class Seen(Objective):
 def test_the_old_velocity_stays_while_the_updates_of_a_rollout_go_on(config: RunConfig) -> None:
     optimizer = replace(config.optimizer, updates_per_rollout=2)
     seen = Seen(found=([], []))
-    learner = after(config, 1)  # B = 0 at the very beginning
+    learner = Learner(replace(config, objective=seen))
+    learner.config = config
+    after(config, 1, learner)  # B = 0 at the very beginning
     groups = [_group(config, learner, prompt) for prompt in (PROMPT, PROMPT)]
     learner.config = replace(config, objective=seen, optimizer=optimizer)
     learner.update(groups, [np.ones(4), np.ones(4)], 1)
