@@ -411,7 +411,8 @@ class Placement:
     GPUs), straight into their models. A worker that misses it gets them through Ray's object store, the way that all
     of them take without it."""
     broadcast_timeout_s: float = 120.0
-    """How long its members wait for each other, and for any one tensor, before the broadcast counts as failed."""
+    """How long its members wait for each other, and for any one tensor, before the broadcast counts as failed. NCCL's
+    communicator, which is made in between, has no limit of its own."""
     scorer_cpus: float = 1.0
     """For each of ``scorers``."""
     scorer_gpus: float = 0.0
