@@ -138,7 +138,9 @@ def _compile(blocks: list[torch.nn.Module]) -> None:
     """
     from torch._dynamo import config
 
-    config.recompile_limit = max(config.recompile_limit, VERSIONS)  # of this thread, which is the one that computes
+    # Of this thread. On a GPU autograd's own recomputes activations, with torch's default limit and the versions that
+    # forward passes have made here; a limit of the block, whatever the thread, came with torch 2.13.
+    config.recompile_limit = max(config.recompile_limit, VERSIONS)
     for block in blocks:
         block.compile()
 
