@@ -21,7 +21,7 @@ import numpy as np
 from grpo_flex.judging import encode_media
 from grpo_flex.types import Verdict
 from grpo_flex.verdicts import GZIP_MEMBER, VerdictLog, gzip_members
-from reward_server import chat
+from reward_server.families import chat
 from reward_server.families.flex import Flex
 
 

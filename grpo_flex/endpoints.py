@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from reward_server.chat import base_url, model_names
+from reward_server.families.chat import base_url, model_names
 
 if TYPE_CHECKING:
     import aiohttp

@@ -36,7 +36,7 @@ from grpo_flex.rewards import overall_answers
 from grpo_flex.sources import fitted_source
 from grpo_flex.types import Prompt, RolloutGroup, Verdict, VerdictStatus
 from grpo_flex.verdicts import VerdictLog
-from reward_server import chat
+from reward_server.families import chat
 from reward_server.families.base import Completion
 from reward_server.families.rank_and_score import by_candidates
 

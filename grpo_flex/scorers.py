@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 
 from grpo_flex.types import Prompt, Verdict
-from reward_server.chat import frame_indices
+from reward_server.families.chat import frame_indices
 
 if TYPE_CHECKING:
     from torch import Tensor

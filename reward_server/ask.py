@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from reward_server import machine
-from reward_server.chat import base_url, data_url, frame_indices, model_names, received, said
 from reward_server.families.base import FIRST, TIE, ChatFamily, Reply, json_object, side
+from reward_server.families.chat import base_url, data_url, frame_indices, model_names, received, said
 from reward_server.families.edit import EditPair, EditPoint
 from reward_server.families.flex import Flex
 from reward_server.families.generic import GenericPair, GenericPoint

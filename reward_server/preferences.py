@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from reward_server.ask import VIDEO_ENDINGS, open_picture, read_video
-from reward_server.chat import data_url, frame_indices
 from reward_server.families.base import Medium
+from reward_server.families.chat import data_url, frame_indices
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -24,8 +24,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from reward_server.asking import Asker, Endpoint, for_each
-from reward_server.chat import data_url
 from reward_server.families.base import FIRST, SECOND, TIE, ChatFamily, Reply
+from reward_server.families.chat import data_url
 from reward_server.families.flex import ANCHORS, Flex
 from reward_server.families.unified import Unified2Point
 from reward_server.judge_training import Fit

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from reward_server.chat import frame_indices
+from reward_server.families.chat import frame_indices
 from testbed import clips as world
 from testbed.clips import DIRECTIONS, FRAMES, SIDE, SPEEDS, Description, Kind, pick
 from testbed.judge_data import SIBLINGS, MediaBank, Pair, pair_of, siblings, to_bytes

@@ -16,7 +16,7 @@ from grpo_flex.advantages import GroupRelative
 from grpo_flex.config import RunConfig
 from grpo_flex.config_file import load_experiment, to_json
 from grpo_flex.overrides import override
-from reward_server.chat import data_url
+from reward_server.families.chat import data_url
 from reward_server.families.flex import Flex
 from testbed.oracle_judge import OracleJudge
 from testbed.oracle_replies import Judging

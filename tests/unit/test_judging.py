@@ -27,7 +27,7 @@ from grpo_flex.pairing import RoundRobin, Swiss
 from grpo_flex.rewards import Pointwise, Several, WinRate
 from grpo_flex.types import Prompt, RolloutGroup, Trajectories, Verdict
 from grpo_flex.verdicts import drop_from_step, read_verdicts
-from reward_server.chat import base_url
+from reward_server.families.chat import base_url
 from reward_server.families.edit import EditPair
 from reward_server.families.flex import Flex
 from reward_server.families.rank_and_score import RankAndScore

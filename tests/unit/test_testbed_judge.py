@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from reward_server.asking import Endpoint
-from reward_server.chat import data_url
+from reward_server.families.chat import data_url
 from reward_server.families.flex import Flex, parse
 from reward_server.families.reasoning import Reasoning
 from reward_server.families.unified import Unified2Point, parse_point2

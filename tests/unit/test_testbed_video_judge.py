@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
 from grpo_flex.judging import encode_media
 from reward_server.asking import Endpoint
-from reward_server.chat import frame_indices
+from reward_server.families.chat import frame_indices
 from reward_server.families.flex import Flex, parse
 from testbed import clips as world
 from testbed import judge_model, train_judge, train_video_judge, video_judge_data, video_judge_trace
