@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -81,14 +82,17 @@ def keep(parent: int, grace_s: float, command: Sequence[str]) -> int:
         signal.signal(number, lambda given, _: asked.append(given))
     prctl = _prctl()
     prctl(_PR_SET_CHILD_SUBREAPER, 1)  # whatever the server leaves behind becomes a child of this process
-    server = subprocess.Popen(
-        command,
-        start_new_session=True,
-        preexec_fn=lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),  # for the case that somebody kills the keeper
-    )
-    while server.poll() is None and not asked and os.getppid() == parent:
-        time.sleep(POLL_S)
-    _end(server, grace_s)
+    # vLLM leaves its sockets where it made them, three at each start.
+    with tempfile.TemporaryDirectory(prefix="judge-", ignore_cleanup_errors=True) as sockets:
+        server = subprocess.Popen(
+            command,
+            start_new_session=True,
+            preexec_fn=lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),  # for the case that somebody kills the keeper
+            env=os.environ | {"VLLM_RPC_BASE_PATH": sockets},
+        )
+        while server.poll() is None and not asked and os.getppid() == parent:
+            time.sleep(POLL_S)
+        _end(server, grace_s)
     status = server.returncode
     return 0 if asked else status if status >= 0 else 128 - status
 

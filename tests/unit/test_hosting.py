@@ -254,7 +254,9 @@ def test_it_starts_answers_and_leaves_nothing(tmp_path: Path) -> None:
         assert not {"PYTHONPATH", "VLLM_API_KEY"} & known["environment"].keys()
         running = [judge.pid, *known["pids"]]
         assert living(running) == running
-    assert not judge.alive() and living(running) == []
+        sockets = Path(known["environment"]["VLLM_RPC_BASE_PATH"])
+        (sockets / "left").touch()
+    assert not judge.alive() and living(running) == [] and not sockets.exists()
     judge.stop()  # harmless
 
 
