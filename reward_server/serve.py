@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from reward_server import machine
+from reward_server.families.chat import model_names
 from reward_server.keeper import Kept
 from reward_server.presets import PRESETS, Preset, preset_of
 
@@ -395,9 +396,8 @@ class Replica:
 
     def _models(self) -> list[str] | None:
         try:
-            listed = json.loads(machine.get(self._near + "/models", self._key))
-            return [str(entry["id"]) for entry in listed["data"]]
-        except (OSError, ValueError, KeyError, TypeError):
+            return model_names(json.loads(machine.get(self._near + "/models", self._key))) or None
+        except (OSError, ValueError):
             return None
 
 
