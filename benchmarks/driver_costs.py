@@ -1,12 +1,14 @@
 """What the judge's client and a resume cost on a CPU, beside the plain way of doing the same: `python -m benchmarks.driver_costs`.
 
 *Requests*: a body with two noisy pictures of 750 × 750, whose base64 needs no escaping, against `json.dumps` of the whole.
+*Groups*: what the judge is given of a group of FLUX's or Wan's size, of that what the learners are given, and the whole, pickled.
 *Verdicts*: going through a file of many gzip members in pieces, against giving zlib the whole rest for each member.
 """
 
 from __future__ import annotations
 
 import json
+import pickle
 import random
 import tempfile
 import time
@@ -17,9 +19,12 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
 
+from grpo_flex.config_file import load_experiment
 from grpo_flex.judging import encode_media
-from grpo_flex.types import Verdict
+from grpo_flex.plan import blank_trajectories
+from grpo_flex.types import Prompt, RolloutGroup, Verdict
 from grpo_flex.verdicts import GZIP_MEMBER, VerdictLog, gzip_members
 from reward_server.families import chat
 from reward_server.families.flex import Flex
@@ -52,6 +57,23 @@ def requests() -> None:
     )
 
 
+def groups(experiment: str, latent_shape: tuple[int, int]) -> None:
+    config = load_experiment(f"experiments/{experiment}.py")
+    generator: Any = config.generator
+    frame = (getattr(generator, "frames", 1), generator.height, generator.width, 3)
+    whole = RolloutGroup(
+        step=0,
+        prompt=Prompt(id="p", text="a cat"),
+        conditioning={"prompt_embeds": torch.zeros(1, 512, 4096, dtype=torch.bfloat16)},
+        media_G=tuple(np.zeros(frame, np.uint8) for _ in range(config.sampling.group_size)),
+        trajectories=blank_trajectories(config, latent_shape, config.sampling.group_size, "cpu"),
+        seeds_G=tuple(range(config.sampling.group_size)),
+        policy_version=0,
+    )
+    shown, learnt, before = (len(pickle.dumps(part)) / 1e6 for part in (*whole.parted(), whole))
+    print(f"{experiment}: to the judge {shown:.0f} MB, to a learner {learnt:.0f} MB, before to both {before:.0f} MB")
+
+
 def verdicts(folder: Path, members: int) -> None:
     chance, path = random.Random(0), folder / f"{members}.gz"
     log = VerdictLog(path)
@@ -77,5 +99,7 @@ def verdicts(folder: Path, members: int) -> None:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as made:
         requests()
+        groups("flux1_dev_flex", (45 * 45, 64))
+        groups("wan21_14b_flex", (9 * 15 * 26, 64))
         for count in (250, 1000, 4000):
             verdicts(Path(made), count)

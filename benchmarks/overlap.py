@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -40,7 +40,6 @@ from testbed.oracle_judge import OracleJudge
 
 if TYPE_CHECKING:
     from grpo_flex.cluster import Cluster
-    from grpo_flex.train import GroupRef
 
 PHASES = ("rollout", "judge", "update")
 HELDOUT = 2
@@ -55,11 +54,12 @@ class NoHeadStart(Trainer):
 class OneByOne(NoHeadStart):
     """Judging begins when all groups are there."""
 
-    def _ask_about(self, flight: Flight, first: int, *groups: GroupRef) -> None:
+    def _ask_about(self, flight: Flight, first: int, *results: Any) -> None:
         pass
 
     def judge(self, flight: Flight) -> list[list[Verdict]]:
-        super()._ask_about(flight, 0, *flight.groups)
+        results = (result for job in dict.fromkeys(flight.jobs) for result in job.results)
+        super()._ask_about(flight, 0, *results)
         return super().judge(flight)
 
 

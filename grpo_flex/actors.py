@@ -31,7 +31,17 @@ from grpo_flex.learner import Learner
 from grpo_flex.ranks import Ranks
 from grpo_flex.rollout import RolloutWorker
 from grpo_flex.scorers import score_group
-from grpo_flex.types import Adapter, Prompt, Role, RolloutGroup, Sample, UpdateBatch, UpdateResult, Verdict
+from grpo_flex.types import (
+    Adapter,
+    GroupMedia,
+    Prompt,
+    Role,
+    RolloutGroup,
+    Sample,
+    UpdateBatch,
+    UpdateResult,
+    Verdict,
+)
 from grpo_flex.weights import Parcel
 
 T = TypeVar("T")
@@ -71,8 +81,8 @@ class RolloutActor:
         """How many prompts one call of ``generate``, and one of ``evaluate``, is to have."""
         return 0.0, (self.worker.together, self.worker.heldout_together)
 
-    def generate(self, step: int, prompts: Sequence[Prompt], adapter: Adapter) -> tuple[float | RolloutGroup, ...]:
-        """(seconds that it took, a group for each prompt).
+    def generate(self, step: int, prompts: Sequence[Prompt], adapter: Adapter) -> tuple[float | GroupMedia, ...]:
+        """(seconds that it took, then for each prompt: its group's media, its group without them).
 
         Raises:
             ValueError: an adapter of another age than ``sampling.lookahead`` says.
@@ -216,7 +226,7 @@ class ColocatedActor(LearnerActor):
     def together(self) -> tuple[float, tuple[int, int]]:
         return 0.0, (self.worker.together, self.worker.heldout_together)
 
-    def generate(self, step: int, prompts: Sequence[Prompt], adapter: Adapter) -> tuple[float | RolloutGroup, ...]:
+    def generate(self, step: int, prompts: Sequence[Prompt], adapter: Adapter) -> tuple[float | GroupMedia, ...]:
         with self._holding(adapter):
             return _timed(self.worker.generate_together(step, prompts, adapter))
 
@@ -263,7 +273,7 @@ class ScorerActor:
         if load is not None:
             load()
 
-    def score(self, group: RolloutGroup) -> list[Verdict]:
+    def score(self, group: GroupMedia) -> list[Verdict]:
         self.load()  # one that Ray has started again was not asked to
         return score_group(self.scorer, group.media_G, group.prompt)
 
@@ -295,12 +305,10 @@ class JudgeActor(Scribe):
     """The judge client in an event loop of its own: one connection pool for the whole run."""
 
     def __init__(self, verdict_path: str, judge: Judge, endpoints: tuple[str, ...], api_key: str) -> None:
-        import torch  # noqa: F401  # a second: groups hold tensors, and the first one would wait for it
-
         self.client = JudgeClient(judge, verdict_path, endpoints, api_key)
         self.log = self.client.log
 
-    async def judge(self, group: RolloutGroup, seed: int, previous: Sequence[Verdict] = ()) -> list[Verdict]:
+    async def judge(self, group: GroupMedia, seed: int, previous: Sequence[Verdict] = ()) -> list[Verdict]:
         return await self.client.judge(group, seed, previous)
 
     async def compare(
@@ -334,8 +342,8 @@ def _see_gpus(own: bool) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def _timed(groups: Sequence[RolloutGroup]) -> tuple[float | RolloutGroup, ...]:
-    return sum(group.seconds for group in groups), *groups
+def _timed(groups: Sequence[RolloutGroup]) -> tuple[float | GroupMedia, ...]:
+    return sum(group.seconds for group in groups), *(part for group in groups for part in group.parted())
 
 
 def _get(refs: Sequence[Any]) -> tuple[list[Any], str]:

@@ -27,7 +27,7 @@ from grpo_flex.fleet import Fleet, Job, Published
 from grpo_flex.learner_group import LearnerGroup
 from grpo_flex.placement import Reservation, asks, learner_names, node_name, worker_names
 from grpo_flex.scorers import label
-from grpo_flex.types import Adapter, Prompt, Role, RolloutGroup, Sample, UpdateBatch, UpdateResult, Verdict
+from grpo_flex.types import Adapter, GroupMedia, Prompt, Role, Sample, UpdateBatch, UpdateResult, Verdict
 
 if TYPE_CHECKING:
     AdapterRef = ray.ObjectRef[Adapter] | Published
@@ -171,8 +171,11 @@ class Cluster:
         adapter: AdapterRef,
         follow: Callable[..., None],
     ) -> Job:
-        """Let a worker sample the groups of some prompts, ``together`` at most; see ``Job.follow``."""
-        return self._submit("generate", adapter, step, prompts, follow=follow, count=len(prompts))
+        """Let a worker sample the groups of some prompts, ``together`` at most; see ``Job.follow``.
+
+        Two results for each prompt: the media for the judge, and what the learners need.
+        """
+        return self._submit("generate", adapter, step, prompts, follow=follow, count=2 * len(prompts))
 
     def wait(self, jobs: Sequence[Job], look: Callable[[], None]) -> None:
         """Until all groups are there; ``look`` is called about twice a second."""
@@ -187,7 +190,7 @@ class Cluster:
         self._fleet.tend()
 
     def judge(
-        self, group: ray.ObjectRef[RolloutGroup], seed: int, previous: Sequence[Verdict] = ()
+        self, group: ray.ObjectRef[GroupMedia], seed: int, previous: Sequence[Verdict] = ()
     ) -> ray.ObjectRef[list[Verdict]]:
         """Verdicts on one group; asking begins as soon as the group exists. Usable ``previous`` ones are kept."""
         return self._judge.judge.remote(group, seed, previous)
@@ -198,7 +201,7 @@ class Cluster:
         """The judge's verdicts on two media of one prompt: a group of two without trajectories."""
         return self._judge.compare.remote(prompt, step, seed, one, two, about)
 
-    def score(self, group: ray.ObjectRef[RolloutGroup]) -> list[ray.ObjectRef[list[Verdict]]]:
+    def score(self, group: ray.ObjectRef[GroupMedia]) -> list[ray.ObjectRef[list[Verdict]]]:
         """One reference for each scorer's verdicts on one group; scoring begins as soon as the group exists."""
         return [scorer.score.remote(group) for scorer in self._scorers.values()]
 

@@ -34,7 +34,7 @@ from grpo_flex.endpoints import (
 from grpo_flex.judge_figures import answered
 from grpo_flex.rewards import overall_answers
 from grpo_flex.sources import fitted_source
-from grpo_flex.types import Prompt, RolloutGroup, Verdict, VerdictStatus
+from grpo_flex.types import GroupMedia, Prompt, Verdict, VerdictStatus
 from grpo_flex.verdicts import VerdictLog
 from reward_server.families import chat
 from reward_server.families.base import Completion
@@ -139,7 +139,7 @@ class JudgeClient:
 
     # ------------------------------------------------------------ asking
 
-    async def judge(self, group: RolloutGroup, seed: int, previous: Sequence[Verdict] = ()) -> list[Verdict]:
+    async def judge(self, group: GroupMedia, seed: int, previous: Sequence[Verdict] = ()) -> list[Verdict]:
         """Verdicts of a finished group, ordered by members.
 
         Args:

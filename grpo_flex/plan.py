@@ -219,7 +219,7 @@ def _learner(config: RunConfig) -> tuple[Process, int, int, int]:
     size = at_once = config.sampling.group_size
     if not config.objective.whole_groups:
         at_once = min(size, config.sampling.micro_batch or size)
-    trajectories = _trajectories(config, model.latent_shape, at_once)
+    trajectories = blank_trajectories(config, model.latent_shape, at_once)
     old = learner._old if config.optimizer.updates_per_rollout > 1 or config.objective.old_decay(1000) else ()
     policy = BoundPolicy(model, stand_in(model), config.sampling.dynamics, learner.weights, old)
 
@@ -259,8 +259,8 @@ def _published(config: RunConfig, learner: Learner) -> int:
     return versions * sum(widths) + (state if config.adapter.state_each_step else 0)
 
 
-def _trajectories(config: RunConfig, shape: tuple[int, int], size: int) -> Trajectories:
-    """What a rollout keeps of so many siblings, without values."""
+def blank_trajectories(config: RunConfig, shape: tuple[int, int], size: int, device: str = "meta") -> Trajectories:
+    """What a rollout keeps of so many siblings with latents [N, C]; zeros, or on ``meta`` no values at all."""
     import torch
 
     from grpo_flex.dynamics import shifted_sigmas
@@ -269,15 +269,15 @@ def _trajectories(config: RunConfig, shape: tuple[int, int], size: int) -> Traje
     sampling, objective = config.sampling, config.objective
     selection = sampling.window.select(sampling.steps, 0, 0)
     trained = selection.trained if objective.needs_noise else ()
-    kept = torch.empty(size, len(trained), *shape, device="meta")
+    kept = torch.zeros(size, len(trained), *shape, device=device)
     return Trajectories(
         latents_GKNC=kept,
-        next_latents_GKNC=torch.empty_like(kept),
+        next_latents_GKNC=torch.zeros_like(kept),
         steps_K=trained,
         sigmas=selection.schedule(shifted_sigmas(sampling.steps, 3.0)),
-        logprobs_GK=torch.empty(size, len(trained), device="meta"),
-        means_GKNC=torch.empty_like(kept) if objective.keeps_means else None,
-        final_GNC=torch.empty(size, *shape, device="meta") if objective.keeps_final else None,
+        logprobs_GK=torch.zeros(size, len(trained), device=device),
+        means_GKNC=torch.zeros_like(kept) if objective.keeps_means else None,
+        final_GNC=torch.zeros(size, *shape, device=device) if objective.keeps_final else None,
     )
 
 
@@ -303,7 +303,7 @@ def _worker(config: RunConfig) -> tuple[Process, int, int, int, int]:
     group = _samples(config, model, told, live, size)
     shown = worker.heldout_together * config.evaluation.samples_per_prompt
     heldout = _samples(config, heldout_model, stand_in(heldout_model), live, shown)
-    kept = _trajectories(config, model.latent_shape, size)
+    kept = blank_trajectories(config, model.latent_shape, size)
     tensors = [t for t in (kept.latents_GKNC, kept.next_latents_GKNC, kept.means_GKNC, kept.final_GNC) if t is not None]
     path = sum(t.nbytes for t in tensors)
     generator: Any = config.generator

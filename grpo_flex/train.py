@@ -32,12 +32,13 @@ from grpo_flex.mirror import Mirror
 from grpo_flex.prompts import PromptStream, seed_for
 from grpo_flex.rewards import reward_metrics
 from grpo_flex.scorers import scorer_metrics
-from grpo_flex.types import Adapter, Prompt, RewardedGroup, RolloutGroup, Sample, UpdateBatch, Verdict
+from grpo_flex.types import Adapter, GroupMedia, Prompt, RewardedGroup, RolloutGroup, Sample, UpdateBatch, Verdict
 
 if TYPE_CHECKING:
     from grpo_flex.cluster import AdapterRef
 
     GroupRef = ray.ObjectRef[RolloutGroup]
+    MediaRef = ray.ObjectRef[GroupMedia]
 
 POLL_S = 0.5
 """How long a Ctrl-C, or a process that died, may go unnoticed while the run waits."""
@@ -70,7 +71,13 @@ class Flight:
 
     @property
     def groups(self) -> list[GroupRef]:
-        return [group for job in dict.fromkeys(self.jobs) for group in job.results]
+        """What the learners are given of each prompt's group."""
+        return [group for job in dict.fromkeys(self.jobs) for group in job.results[1::2]]
+
+    @property
+    def media(self) -> list[MediaRef]:
+        """What judge and scorers are given of each prompt's group."""
+        return [media for job in dict.fromkeys(self.jobs) for media in job.results[::2]]
 
 
 class Trainer:
@@ -109,7 +116,7 @@ class Trainer:
         self._adapters: deque[AdapterRef] = deque([ray.put(a) for a in ahead[len(ahead) - k :]], maxlen=k + 1)
         """Those that sample the present step and the next k."""
         cluster.stopping, cluster.stopped_s = partial(self.stopping, SIGNAL_S), self.stopped_s
-        self._example: tuple[GroupRef, RewardedGroup, Sequence[Verdict]] | None = None
+        self._example: tuple[MediaRef, RewardedGroup, Sequence[Verdict]] | None = None
         self._seconds: dict[str, float] = {}
         self._base: list[ray.ObjectRef[np.ndarray]] = []
 
@@ -180,7 +187,7 @@ class Trainer:
                 jobs = dict.fromkeys(job for flight in self._flights for job in flight.jobs)
                 if not (lost := self.cluster.again(jobs)):
                     raise  # an adapter, or the learners' state
-                groups = sum(len(job.results) for job in lost)
+                groups = sum(job.count // 2 for job in lost)
                 self.console.note(f"step {self.step + 1}: {groups} groups lost with their node; sampling again")
 
     def rollout(self) -> Flight:
@@ -200,7 +207,7 @@ class Trainer:
             verdicts = self._get([flight.asked[i] for i in range(len(flight.prompts))])
             for missing in self._judge_watch.missing(self.step + 1, verdicts):
                 self._judge_watch.count("asked_again", sum(not answered(v) for i in missing for v in verdicts[i]))
-                flight.asked |= {i: self._ask(flight, i, flight.groups[i], verdicts[i]) for i in missing}
+                flight.asked |= {i: self._ask(flight, i, flight.media[i], verdicts[i]) for i in missing}
                 again = self._get([flight.asked[i] for i in missing])
                 for i, verdict in zip(missing, again, strict=True):
                     verdicts[i] = verdict
@@ -237,7 +244,7 @@ class Trainer:
             if self.config.scorers:  # not before, for a step that is taken again scores again
                 about = zip(flight.prompts, scores, strict=True)
                 ray.get([self.cluster.record(flight.step, prompt, score) for prompt, score in about])
-        self._example = (groups[usable[0]], rewarded[0], said[0])
+        self._example = (flight.media[usable[0]], rewarded[0], said[0])
         numbers["perf/early_groups"] = float(self._begun_early(len(flight.begun), len(groups)))
         numbers |= reward_metrics(rewarded) | judge_metrics(verdicts) | scorer_metrics(scores)
         return numbers | self._judge_watch.figures(len(unusable)) | ray.get(report) | dict(result.metrics)
@@ -369,20 +376,20 @@ class Trainer:
             flight.jobs += [job] * len(some)
         return flight
 
-    def _ask_about(self, flight: Flight, first: int, *groups: GroupRef) -> None:
+    def _ask_about(self, flight: Flight, first: int, *results: Any) -> None:
         """Judge and scorers begin with a group as soon as it exists. One that is sampled again is the same: they are asked
         anew unless they have answered."""
-        for i, group in enumerate(groups, first):
+        for i, media in enumerate(results[::2], first):
             if self.config.judge is not None and not _answered([flight.asked[i]] if i in flight.asked else []):
-                flight.asked[i] = self._ask(flight, i, group)
+                flight.asked[i] = self._ask(flight, i, media)
             if not _answered(flight.scoring.get(i, [])):
-                flight.scoring[i] = self.cluster.score(group)
+                flight.scoring[i] = self.cluster.score(media)
 
     def _ask(
-        self, flight: Flight, i: int, group: GroupRef, previous: Sequence[Verdict] = ()
+        self, flight: Flight, i: int, media: MediaRef, previous: Sequence[Verdict] = ()
     ) -> ray.ObjectRef[list[Verdict]]:
         seed = seed_for(self.config.seed, "pairs", flight.step, flight.prompts[i].id)
-        return self.cluster.judge(group, seed, previous)
+        return self.cluster.judge(media, seed, previous)
 
     def _begin(self) -> None:
         """Give the learners the groups of the present step that are complete, in the order of the prompts.
@@ -495,7 +502,7 @@ def _answered(refs: Sequence[Any]) -> bool:
         return False
 
 
-def verdict_rows(group: RolloutGroup, rewarded: RewardedGroup, verdicts: Sequence[Verdict]) -> list[VerdictRow]:
+def verdict_rows(group: GroupMedia, rewarded: RewardedGroup, verdicts: Sequence[Verdict]) -> list[VerdictRow]:
     """One row a sibling: its picture, its reward, and one verdict on it in the judge's words."""
     rows = []
     for i, (media, reward) in enumerate(zip(group.media_G, rewarded.rewards_G, strict=True)):

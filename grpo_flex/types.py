@@ -88,16 +88,22 @@ class Trajectories:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RolloutGroup:
-    """G siblings of one prompt, sampled by one policy version."""
+class GroupMedia:
+    """What judge and scorers are given of a group."""
 
     step: int
     """The training step that asked for it."""
     prompt: Prompt
-    conditioning: Mapping[str, torch.Tensor]
-    """The prompt's encoding, batch dimension 1, shared by the siblings."""
     media_G: tuple[np.ndarray, ...]
     """uint8 [F, H, W, 3] each; an image has F = 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutGroup(GroupMedia):
+    """G siblings of one prompt, sampled by one policy version."""
+
+    conditioning: Mapping[str, torch.Tensor]
+    """The prompt's encoding, batch dimension 1, shared by the siblings."""
     trajectories: Trajectories
     seeds_G: tuple[int, ...]
     policy_version: int
@@ -105,6 +111,10 @@ class RolloutGroup:
     seconds: float = 0.0
     diversity: Mapping[str, float] = field(default_factory=dict)
     """Mean distance between two siblings, root mean square over elements: "latent", and "pixel" (white − black = 1)."""
+
+    def parted(self) -> tuple[GroupMedia, RolloutGroup]:
+        """For the judge, and for the learners, who are given no media: each travels only to whom it is for."""
+        return GroupMedia(step=self.step, prompt=self.prompt, media_G=self.media_G), replace(self, media_G=())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

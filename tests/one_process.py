@@ -20,7 +20,7 @@ from grpo_flex.fleet import Job
 from grpo_flex.learner import Learner
 from grpo_flex.rollout import RolloutWorker
 from grpo_flex.scorers import score_group
-from grpo_flex.types import Adapter, Prompt, RolloutGroup, Sample, UpdateBatch, UpdateResult, Verdict
+from grpo_flex.types import Adapter, GroupMedia, Prompt, Sample, UpdateBatch, UpdateResult, Verdict
 
 AWAY = "cannot connect"
 
@@ -29,7 +29,7 @@ AWAY = "cannot connect"
 class StandInJudge:
     """Prefers the brighter of two pictures, as long as it answers."""
 
-    answers: Callable[[RolloutGroup], int]
+    answers: Callable[[GroupMedia], int]
     """How many of a group's questions."""
     healthy: bool = True
     """What its health probe finds."""
@@ -37,7 +37,7 @@ class StandInJudge:
     problem: str = AWAY
     said: str = ""
 
-    def verdicts(self, group: RolloutGroup) -> list[Verdict]:
+    def verdicts(self, group: GroupMedia) -> list[Verdict]:
         self.asked += 1
         light = [media.mean() for media in group.media_G]
         pairs = [(i, j) for i in range(len(light)) for j in range(i)]
@@ -73,15 +73,18 @@ class OneProcess:
         self.worker.model.prepare(prompts)
 
     def generate(self, step: int, prompts: Sequence[Prompt], adapter: Adapter, follow: Callable[..., None]) -> Job:
-        job = Job(method="generate", arguments=(), follow=follow, count=len(prompts), done=True)
-        job.results = self.worker.generate_together(step, prompts, adapter)
+        job = Job(method="generate", arguments=(), follow=follow, count=2 * len(prompts), done=True)
+        job.results = [
+            part for group in self.worker.generate_together(step, prompts, adapter) for part in group.parted()
+        ]
         follow(*job.results)
         return job
 
     def wait(self, jobs: Sequence[Job], look: Callable[[], None]) -> None:
         look()
 
-    def judge(self, group: RolloutGroup, seed: int, previous: Sequence[Verdict] = ()) -> list[Verdict]:
+    def judge(self, group: GroupMedia, seed: int, previous: Sequence[Verdict] = ()) -> list[Verdict]:
+        assert type(group) is GroupMedia  # nothing that a judge has no use for travels to it
         return self._judge.verdicts(group)
 
     def judge_is_healthy(self) -> bool:
@@ -93,7 +96,7 @@ class OneProcess:
     def judge_states(self) -> list[Any]:
         return []
 
-    def score(self, group: RolloutGroup) -> list[list[Verdict]]:
+    def score(self, group: GroupMedia) -> list[list[Verdict]]:
         return [score_group(scorer, group.media_G, group.prompt) for scorer in self.config.scorers]
 
     def record(self, step: int, prompt: Prompt, given: Sequence[Verdict]) -> None: ...
@@ -109,6 +112,7 @@ class OneProcess:
         self.learner.begin(batch.groups, batch.advantages, of, step)
 
     def update(self, batch: UpdateBatch, step: int) -> UpdateResult:
+        assert not any(group.media_G for group in batch.groups)
         self.updates.append(batch)
         return self.learner.update(batch.groups, batch.advantages, step)
 

@@ -15,7 +15,7 @@ from ray import cloudpickle
 from grpo_flex.actors import ColocatedActor, LearnerActor, RolloutActor, ScorerActor
 from grpo_flex.config import ConfigError, RunConfig
 from grpo_flex.learner import Learner
-from grpo_flex.types import Adapter, Prompt, Role, RolloutGroup
+from grpo_flex.types import Adapter, GroupMedia, Prompt, Role, RolloutGroup
 from grpo_flex.weights import read_adapter
 from tests.configs import Brightness
 from tests.invariants.test_learning import nudged
@@ -28,10 +28,13 @@ def through_the_object_store(value: Any) -> Any:
     return cloudpickle.loads(cloudpickle.dumps(value))
 
 
-def sampled(actor: RolloutActor, step: int, adapter: Adapter) -> RolloutGroup:
-    seconds, group = actor.generate(step, [PROMPT], adapter)
-    assert isinstance(seconds, float) and seconds > 0 and isinstance(group, RolloutGroup)
-    return group
+def sampled(actor: RolloutActor | ColocatedActor, step: int, adapter: Adapter) -> RolloutGroup:
+    """The group that an actor samples, whose two parts are put together again."""
+    seconds, media, group = actor.generate(step, [PROMPT], adapter)
+    assert isinstance(seconds, float) and seconds > 0
+    assert type(media) is GroupMedia and isinstance(group, RolloutGroup) and group.media_G == ()
+    assert (media.step, media.prompt) == (group.step, group.prompt)
+    return replace(group, media_G=media.media_G)
 
 
 def same(one: RolloutGroup, two: RolloutGroup) -> bool:
@@ -109,9 +112,7 @@ def test_a_shared_model_samples_as_one_of_its_own_and_keeps_what_is_trained(conf
     expected = worker.generate(1, PROMPT, apart.adapter(role)[1])
     before = [p.detach().clone() for p in shared.learner.parameters]
     _, light = shared.adapter(role)
-    _, group = shared.generate(1, [PROMPT], light)
-    assert isinstance(group, RolloutGroup)
-    assert not light.tensors and same(group, expected)
+    assert not light.tensors and same(sampled(shared, 1, light), expected)
     assert all(map(torch.equal, before, shared.learner.parameters))
 
 

@@ -25,7 +25,7 @@ from grpo_flex.judge_figures import answered, judge_metrics, judged_share, kenda
 from grpo_flex.judging import JudgeClient, JudgeUnreachable, check_endpoints, encode_media, request_seed
 from grpo_flex.pairing import RoundRobin, Swiss
 from grpo_flex.rewards import Pointwise, Several, WinRate
-from grpo_flex.types import Prompt, RolloutGroup, Trajectories, Verdict
+from grpo_flex.types import GroupMedia, Prompt, Verdict
 from grpo_flex.verdicts import drop_from_step, read_verdicts
 from reward_server.families.chat import base_url
 from reward_server.families.edit import EditPair
@@ -123,17 +123,9 @@ def first_then(count: int, before: Handler, after: Handler) -> Handler:
     return answer
 
 
-def group(size: int = 3, step: int = 0, frames: int = 1) -> RolloutGroup:
+def group(size: int = 3, step: int = 0, frames: int = 1) -> GroupMedia:
     media = tuple(np.full((frames, 8, 8, 3), 10 * i, np.uint8) for i in range(size))
-    return RolloutGroup(
-        step=step,
-        prompt=Prompt(id="p", text="a red circle"),
-        conditioning={},
-        media_G=media,
-        trajectories=cast(Trajectories, None),
-        seeds_G=tuple(range(size)),
-        policy_version=0,
-    )
+    return GroupMedia(step=step, prompt=Prompt(id="p", text="a red circle"), media_G=media)
 
 
 def config(*urls: str, **changes: Any) -> Judge:
