@@ -376,7 +376,7 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
 
 def test_a_server_that_never_answers_is_given_up(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not ready in time"):
-        fake_judge(tmp_path, "hang", start_s=2.0).start(tmp_path / "logs")
+        fake_judge(tmp_path, "hang", start_s=5.0).start(tmp_path / "logs")
     assert pids(tmp_path) and living(pids(tmp_path)) == []
 
 
