@@ -75,9 +75,8 @@ testbed-models: setup  ## rebuild the testbed's weights (hours on a laptop; resu
 	$(PY) -m testbed.train_wan
 
 train-judge: setup setup-judge  ## train the testbed's tiny judge from nothing (hours; resumable)
-	$(PY) -m testbed.train_judge --output testbed/.build/judge_pretrained
+	$(PY) -m testbed.train_judge
 	$(PY) -m testbed.refine_judge
-	$(PY) -m testbed.measure_judge --card
 
 train-video-judge: setup setup-judge  ## extend the tiny judge to clips (hours; resumable)
 	$(PY) -m testbed.train_video_judge

@@ -15,8 +15,13 @@ from grpo_flex.config_file import to_json
 
 
 def digest(config: RunConfig) -> str:
-    """Of a configuration as it is now, whatever its seed: one that has moved since is another measurement."""
-    return hashlib.sha256(to_json(replace(config, seed=0)).encode()).hexdigest()[:12]
+    """Of a configuration as it is now, whatever its seed, with the weights of a judge that lies in the repository: what has
+    moved since is another measurement."""
+    made = hashlib.sha256(to_json(replace(config, seed=0)).encode())
+    weights = Path(getattr(config.judge and config.judge.server, "model", "")) / "model.safetensors"
+    if weights.is_file():
+        made.update(weights.read_bytes())
+    return made.hexdigest()[:12]
 
 
 def write(path: Path, result: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """The main job: a tiny FLUX learns to obey its prompts from the verdicts of a tiny judge that vLLM serves, on two cores.
 
-The judge, a Qwen3-VL that the testbed pre-trains and `reward_server`'s recipe fine-tunes, is what is optimised. The oracle's score on held-out prompts is
-the truth that nobody optimises. `shapes_image_oracle.py` asks the oracle itself.
+The judge, a Qwen3-VL that `reward_server`'s recipe has trained from nothing, is what is optimised. The oracle's score on held-out
+prompts is the truth that nobody optimises. `shapes_image_oracle.py` asks the oracle itself.
 """
 
 from dataclasses import replace

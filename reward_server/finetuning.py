@@ -97,6 +97,7 @@ def arguments(config: JudgeTraining, fit: Fit, folder: Path) -> dict[str, Any]:
         "warmup_steps": fit.warmup,  # below 1: a share of the steps
         "lr_scheduler_type": {"constant": "constant_with_warmup"}.get(fit.schedule, fit.schedule),
         "weight_decay": fit.weight_decay,
+        "adam_beta2": fit.beta2,
         "max_grad_norm": fit.max_grad_norm,
         "save_strategy": "steps",  # and at the end
         "save_steps": fit.checkpoint_every,

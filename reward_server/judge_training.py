@@ -40,6 +40,8 @@ class Fit:
     schedule: str = "cosine"
     """What follows the warm-up: "cosine" or "linear" (to 0), or "constant"."""
     weight_decay: float = 0.0
+    beta2: float = 0.999
+    """AdamW's decay of squared gradients; less forgets a beginning with large ones sooner."""
     max_grad_norm: float = 1.0
     checkpoint_every: int = 200
     """Steps between checkpoints, of which the newest two are kept."""
@@ -55,6 +57,8 @@ class Fit:
             yield "steps", f"is {self.steps} with {self.epochs} epochs; one of the two needs to be above 0"
         if not 0 <= self.warmup < 1:
             yield "warmup", f"is {self.warmup}; it is a share of the steps, from 0 to below 1"
+        if not 0 < self.beta2 < 1:
+            yield "beta2", f"is {self.beta2}; it needs to be between 0 and 1"
         if self.schedule not in ("cosine", "linear", "constant"):
             yield "schedule", f"is {self.schedule!r}; it needs to be cosine, linear or constant"
 

@@ -282,12 +282,6 @@ class Material:
     samples: Bank
     renders: Bank
 
-    def picture(self, rng: np.random.Generator) -> tuple[np.ndarray, Judged]:
-        """Any picture [64, 64, 3] and what the oracle reads."""
-        bank = self.samples if rng.random() < 0.5 else self.renders
-        key = int(rng.integers(len(bank.texts))), int(rng.integers(SIBLINGS))
-        return bank.images[key], bank.judged(*key)
-
     def prompted(self, rng: np.random.Generator) -> tuple[str, Mapping[str, Any], np.ndarray, Judged]:
         """A prompt, its reference, a picture [64, 64, 3] made for it, and what the oracle finds."""
         bank = self.samples if rng.random() < 0.5 else self.renders

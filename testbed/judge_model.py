@@ -1,7 +1,7 @@
 """The tiny judges: a Qwen3-VL of some three million parameters with a tokenizer of its own, as a stock model folder.
 
 There is one for pictures and one for clips; what tells them apart is a `Form`. The classes are transformers' own, so vLLM serves the folder like any Qwen3-VL. What is ours is a faster way
-through the same weights for training (`reply_logits`): all pictures of a judge have one size and all requests one layout, so
+through the same weights, by which the judge of clips is trained (`reply_logits`): all pictures of a judge have one size and all requests one layout, so
 positions are tables and the pictures' attention is one batch. A test holds it against the stock forward.
 """
 
@@ -39,7 +39,6 @@ SPECIAL = (
     "<|video_pad|>",
 )
 MAX_LENGTH = 4096
-IGNORED = -100
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}

@@ -44,8 +44,8 @@ from testbed.judge_data import (
 from testbed.judge_preferences import CLEAR
 from testbed.judge_trace import Judged, winner_of
 from testbed.preference import NEAR, Score
-from testbed.train_judge import OUTPUT, STAGES, JudgeConfig, Stage, flux_draw
-from testbed.training import BUILD, seconds_spent
+from testbed.train_judge import FITS, OUTPUT, JudgeConfig, flux_draw
+from testbed.training import BUILD
 
 SEED = 91
 STAGES_TABLE = "stages.md"
@@ -193,7 +193,7 @@ def measure(folder: Path = OUTPUT) -> dict[str, Any]:
     """The numbers of a saved judge on the generator's held-out samples and on renders."""
     draws = {"samples": flux_draw(), "renders": draw_renders}
     pairs = {kind: heldout_pairs(kind, draw) for kind, draw in draws.items()}
-    found = facts(folder, STAGES)
+    found = facts(folder)
     with serving(folder) as endpoint:
         found |= compared(endpoint, Flex(prompt_file=str(folder / "prompt.txt"), structured=False), pairs)
         point = Unified2Point(prompt_file=str(folder / "prompt_point.txt"))
@@ -221,14 +221,12 @@ def compared(endpoint: Endpoint, family: ChatFamily, pairs: Mapping[str, Sequenc
     return found
 
 
-def facts(folder: Path, stages: Sequence[Stage]) -> dict[str, Any]:
-    """A saved judge's size, and how long its stages took: as its card has it where they were trained elsewhere."""
-    files, card = list(folder.glob("*.safetensors")), folder / "measured.json"
-    before = json.loads(card.read_text())["seconds"] if card.exists() else {}
+def facts(folder: Path) -> dict[str, Any]:
+    """A saved judge's size."""
+    files = list(folder.glob("*.safetensors"))
     return {
         "parameters": sum(_parameters(path) for path in files),
         "weight_bytes": sum(path.stat().st_size for path in files),
-        "seconds": before | seconds_spent(*(JudgeConfig().build / f"{stage.name}.pt" for stage in stages)),
     }
 
 
@@ -250,15 +248,20 @@ def card(measured: Mapping[str, Any], recipe: str) -> str:
     """The model card as Markdown, from measured numbers, the configurations that were used, and the recipe's table."""
     from testbed import refine_judge  # which measures by this module
 
-    training = refine_judge.config()
-    fits: dict[str, Fit] = {"sft": training.sft, "dpo": training.dpo}
+    training, config = refine_judge.config(), JudgeConfig()
+    fits: dict[str, Fit] = {**FITS, "sft": training.sft, "dpo": training.dpo}
+    examples = {
+        "describe": f"{SIBLINGS * (config.sampled_prompts + config.rendered_prompts):,} pictures",
+        "compare": f"{config.pairs:,} pairs, {config.scored:,} scored pictures",
+        "practise": f"{config.more_pairs:,} pairs, {config.more_scored:,} scored pictures",
+        "sft": f"{refine_judge.SFT_PAIRS:,} pairs",
+        "dpo": f"of {refine_judge.DPO_PAIRS:,} pairs",
+    }
     return _CARD.format(
         recipe=recipe,
         beta=training.dpo.beta,
-        fits="\n".join(fit_row(name, refine_judge.SEEDS[name], fit) for name, fit in fits.items()),
-        config=JudgeConfig(),
-        more_prompts=STAGES[-1].more_prompts,
-        stages=stage_rows(STAGES, measured["seconds"]),
+        fits="\n".join(fit_row(name, examples[name], fit) for name, fit in fits.items()),
+        config=config,
         rows="\n".join(row(kind, measured[kind]) for kind in ("samples", "renders")),
         categories="\n".join(category_row(kind, measured[kind]) for kind in ("samples", "renders")),
         scored="\n".join(row(kind, measured["scored"][kind]) for kind in ("samples", "renders")),
@@ -272,15 +275,9 @@ def card(measured: Mapping[str, Any], recipe: str) -> str:
     )
 
 
-def stage_rows(stages: Sequence[Stage], seconds: Mapping[str, float]) -> str:
-    return "\n".join(
-        f"| {s.name} | {s.seed} | {s.steps} | {s.batch} | {s.peak_lr} | {seconds.get(s.name, 0) / 60:.0f} |"
-        for s in stages
-    )
-
-
-def fit_row(name: str, seed: int, fit: Fit) -> str:
-    return f"| {name} | {seed} | {fit.epochs:g} | {fit.batch} x {fit.accumulation} | {fit.lr:g} |"
+def fit_row(name: str, examples: str, fit: Fit) -> str:
+    length = f"{fit.steps:,} steps" if fit.steps else f"{fit.epochs:g} epoch"
+    return f"| {name} | {examples} | {length} | {fit.batch} x {fit.accumulation} | {fit.lr:g} |"
 
 
 def row(kind: str, found: Mapping[str, Any]) -> str:
@@ -320,25 +317,21 @@ The teacher is `testbed.oracle`. It writes what each picture shows, then, for ea
 whether it holds, how much of the prompt holds in total, measures of quality and composition, and last the winners
 (`testbed/judge_trace.py`). Pictures are the tiny FLUX's samples for {config.sampled_prompts:,} random prompts x {siblings}, and
 as many renders for {config.rendered_prompts:,}, with errors and faults (`testbed/judge_data.py`). No prompt has the description of a
-held-out one. First it learns to describe one picture, then to compare two, and at last to compare mostly samples, of
-{more_prompts:,} prompts more; the order is random, and pairs in which neither is better are left out. The weights' seed
-is {config.seed}.
+held-out one. The order of two is random, and pairs in which neither is better are left out.
 
-| stage | seed | steps | batch | peak lr | minutes |
-|---|---|---|---|---|---|
-{stages}
+`reward_server`'s recipe trains it from random weights (seed {config.seed}), by the commands that train any judge. Fine-tuning
+(stage 1) comes in four courses: `describe`, in which it learns to see, one picture at a time; `compare`, with pairs and, in UnifiedReward
+2.0's format, single pictures; `practise`, the same with more of the samples (`testbed/train_judge.py`); `sft`, on traces of other pairs that the oracle wrote as a teacher
+behind an endpoint. `dpo` (stage 2, β {beta:g}) learns from pairs of the judge's own traces (`testbed/refine_judge.py`).
 
-Then `reward_server`'s own recipe (`testbed/refine_judge.py`): fine-tuning on the oracle's traces, and from there DPO (β
-{beta:g}) on pairs of the judge's own traces. The seed draws a stage's pairs of pictures. The weights here are stage 1's.
-
-| stage | seed | epochs | batch x accumulation | peak lr |
+| course | examples | length | batch x accumulation | peak lr |
 |---|---|---|---|---|
 {fits}
 
 {recipe}
 
-Rebuild with `make train-judge`, measure with `python -m testbed.measure_judge --card`. Training is bfloat16 autocast, so a
-rebuild gives like, not identical, weights.
+Rebuild with `make train-judge`, measure with `python -m testbed.measure_judge --card`. Threads add up in
+no fixed order, so a rebuild gives like, not identical, weights.
 
 ## Measured
 

@@ -15,10 +15,10 @@ from typing import Any
 from reward_server.families.flex import Flex
 from testbed.judge_data import SIBLINGS, Draw, Pair
 from testbed.judge_preferences import CLEAR
-from testbed.measure_judge import SEED, all_pairs, category_row, compared, facts, row, serving, stage_rows, write_card
+from testbed.measure_judge import SEED, all_pairs, category_row, compared, facts, row, serving, write_card
 from testbed.preference import NEAR
-from testbed.train_video_judge import OUTPUT, STAGES, VideoJudgeConfig, has_wan, load_bank, wan_draw
-from testbed.training import BUILD
+from testbed.train_video_judge import OUTPUT, STAGES, VideoJudgeConfig, has_wan, load_bank, state_path, wan_draw
+from testbed.training import BUILD, seconds_spent
 from testbed.video_judge_data import SEEN, draw_renders, heldout_texts
 from testbed.video_judge_trace import JudgedClip
 
@@ -36,7 +36,14 @@ def measure(folder: Path = OUTPUT) -> dict[str, Any]:
     pairs = {kind: heldout_pairs(kind, draw) for kind, draw in draws.items()}
     with serving(folder) as endpoint:
         family = Flex(medium="video", prompt_file=str(folder / "prompt.txt"), structured=False)
-        return facts(folder, STAGES) | compared(endpoint, family, pairs)
+        return facts(folder) | {"seconds": _seconds(folder)} | compared(endpoint, family, pairs)
+
+
+def _seconds(folder: Path) -> dict[str, float]:
+    """How long the stages took: as the card has it where they were trained elsewhere."""
+    measured = folder / "measured.json"
+    before = json.loads(measured.read_text())["seconds"] if measured.exists() else {}
+    return before | seconds_spent(*(state_path(stage, VideoJudgeConfig()) for stage in STAGES))
 
 
 def card_of(folder: Path = OUTPUT) -> str:
@@ -52,7 +59,7 @@ def card(measured: Mapping[str, Any]) -> str:
     return _CARD.format(
         config=config,
         clips=samples if "samples" in kinds else "",
-        stages=stage_rows(STAGES, measured["seconds"]),
+        stages=_stage_rows(measured["seconds"]),
         rows="\n".join(row(kind, measured[kind]) for kind in kinds),
         categories="\n".join(category_row(kind, measured[kind]) for kind in kinds),
         parameters=f"{measured['parameters']:,}",
@@ -64,6 +71,13 @@ def card(measured: Mapping[str, Any]) -> str:
         near=NEAR,
         prompts=len(heldout_texts()),
         tokens=measured[kinds[0]]["tokens"],
+    )
+
+
+def _stage_rows(seconds: Mapping[str, float]) -> str:
+    return "\n".join(
+        f"| {s.name} | {s.seed} | {s.steps} | {s.batch} | {s.peak_lr} | {seconds.get(s.name, 0) / 60:.0f} |"
+        for s in STAGES
     )
 
 
@@ -104,7 +118,8 @@ to compare two; the order is random, and pairs in which neither is better are le
 {stages}
 
 These weights were begun with 4,000 and 6,000 steps, cut to 1,600 at step 700 of the first stage and to 3,600 at step 800 of
-the second, whose last 2,800 steps had two threads instead of one.
+the second, whose last 2,800 steps had two threads instead of one. The judge of pictures that they began with was an earlier
+one, as good, of the same shape.
 
 Rebuild with `python -m testbed.train_video_judge`, measure with `python -m testbed.measure_video_judge --card`. Training is
 bfloat16 autocast, so a rebuild gives like, not identical, weights.

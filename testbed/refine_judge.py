@@ -1,9 +1,10 @@
-"""Takes the pre-trained tiny judge through the recipe that trains any judge (docs/train-a-judge.md).
+"""Takes the tiny judge that can compare through the rest of the recipe that trains any judge (docs/train-a-judge.md).
 
-`python -m testbed.refine_judge` does what is missing: the oracle's preferences, its traces of them, stage 1 (sft),
-pairs sampled from the judge in vLLM, stage 2 (dpo). It measures the judge before and after each stage, and puts one of
-them, with the table of all, into `testbed/tiny_judge`. Everything resumes from `testbed/.build/refine`. `config()` below is also an experiment for
-`python -m reward_server sft|pairs|dpo testbed/refine_judge.py`.
+`python -m testbed.refine_judge` does what is missing: the oracle's preferences, its traces of them as a teacher behind an
+endpoint, stage 1 (sft), pairs sampled from the judge in vLLM, stage 2 (dpo). It measures the judge before and after each
+stage, and puts one of them, with the table of all and its card, into `testbed/tiny_judge`. Everything resumes from
+`testbed/.build/refine`. `config()` below is also an experiment for `python -m reward_server sft|pairs|dpo
+testbed/refine_judge.py`.
 """
 
 from __future__ import annotations
@@ -26,22 +27,24 @@ from reward_server.families.flex import Flex
 from reward_server.judge_training import Dpo, JudgeTraining, Pairs, Sft
 from reward_server.preferences import read
 from reward_server.serve import VllmJudge
+from testbed import train_judge
 from testbed.judge_data import Pair
 from testbed.judge_preferences import save, training_pairs
-from testbed.measure_judge import STAGES_TABLE, measure
+from testbed.measure_judge import STAGES_TABLE, card, measure, write_card
 from testbed.oracle_judge import OracleJudge
 from testbed.train_judge import OUTPUT
 from testbed.training import BUILD
 
-PRETRAINED = BUILD / "judge_pretrained"
 SFT_PAIRS, DPO_PAIRS = 6000, 1000
 SEEDS = {"sft": 81, "dpo": 82}
 """Of the two sets of preferences: stage 2 samples on instances that stage 1 has not seen."""
 FIGURES = ("accuracy", "accuracy_clear", "accuracy_near", "parsed", "consistent", "first")
 
 
-def config(model: Path = PRETRAINED, folder: Path = BUILD / "refine") -> JudgeTraining:
-    """The tiny judge's training. The learning rates are a small model's, not the paper's."""
+def config(model: Path | None = None, folder: Path = BUILD / "refine") -> JudgeTraining:
+    """The tiny judge's training, from what `testbed.train_judge` has made. The learning rates are a small model's, not
+    the paper's."""
+    model = model or train_judge.result()
     return JudgeTraining(
         name=folder.name,
         output=str(folder.parent),
@@ -134,7 +137,7 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
 def made(counts: Mapping[str, int]) -> str:
     """Where stage 2's pairs came from."""
     return (
-        f"Stage 1 learnt from {SFT_PAIRS:,} pairs' traces. Of {counts['instances']:,} other pairs {counts['pairs']} gave stage 2 an "
+        f"`sft` learnt from {SFT_PAIRS:,} pairs' traces. Of {counts['instances']:,} other pairs {counts['pairs']} gave `dpo` an "
         f"example: in {counts[pairs.ONE_RIGHT]} one of two sampled traces named the right winner, in "
         f"{counts[pairs.BY_REASONING]} both did and the oracle said which is nearer to its own."
     )
@@ -143,25 +146,30 @@ def made(counts: Mapping[str, int]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--model", type=Path, default=PRETRAINED, help="the pre-trained judge (%(default)s)")
+    parser.add_argument(
+        "--model", type=Path, default=train_judge.result(), help="the judge to begin with (%(default)s)"
+    )
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument(
         "--stage",
         choices=("sft", "dpo"),
-        default="sft",
-        help="whose judge to keep; DPO gained this one nothing (%(default)s)",
+        default="dpo",
+        help="whose judge to keep (%(default)s)",
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     training = config(options.model)
     last = refine(training, {"sft": SFT_PAIRS, "dpo": DPO_PAIRS}, training_pairs)
-    stages = {"pre-trained": options.model, "sft": training.folder / "sft" / "model", "sft + dpo": last}
+    stages = {train_judge.STAGES[-1]: options.model, "sft": training.folder / "sft" / "model", "sft + dpo": last}
     found = {name: measured(name.replace(" ", ""), judge, training.folder) for name, judge in stages.items()}
     counts = json.loads((training.folder / pairs.COUNTS).read_text())
-    (training.folder / "stages.md").write_text(f"{table(found)}\n\n{made(counts)}\n")
+    kept = "sft + dpo" if options.stage == "dpo" else "sft"
+    about = f"{made(counts)} The weights here are those of {kept!r}."
+    (training.folder / "stages.md").write_text(f"{table(found)}\n\n{about}\n")
     print(table(found))
-    shutil.copytree(last if options.stage == "dpo" else stages["sft"], options.output, dirs_exist_ok=True)
+    shutil.copytree(stages[kept], options.output, dirs_exist_ok=True)
     shutil.copy(training.folder / "stages.md", options.output / STAGES_TABLE)
+    write_card(options.output, found[kept], card(found[kept], (options.output / STAGES_TABLE).read_text().rstrip()))
 
 
 if __name__ == "__main__":

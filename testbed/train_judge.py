@@ -1,109 +1,76 @@
-"""Trains the tiny judge from nothing and saves it to `testbed/tiny_judge`.
+"""Trains the tiny judge from nothing, by the recipe that trains any judge (docs/train-a-judge.md).
 
-`python -m testbed.train_judge` draws the pictures, then trains what is missing: first to describe one picture, then
-to compare two in the Flex format and, in every fifth step, to score one in UnifiedReward 2.0's, with the oracle as the
-teacher; at last the same on more of what it will judge, the tiny FLUX's own samples. Everything resumes from
-`testbed/.build`.
-`--export` only saves the present weights. `--compile` takes two minutes and a C++ compiler, and makes a step 1.6 times
-as fast.
+`python -m testbed.train_judge` does what is missing. It draws the pictures and writes down what the oracle says of them; an
+untrained Qwen3-VL then goes through stage 1 (`reward_server.sft`) three times: it learns to describe one picture, then to
+compare two in the Flex format and to score one in UnifiedReward 2.0's, and at last the same with more pairs, mostly of the
+tiny FLUX's own samples. `testbed.refine_judge` goes on from there. Everything resumes from `testbed/.build/judge`.
+
+`config()` is also an experiment for `python -m reward_server sft testbed/train_judge.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import Qwen3VLForConditionalGeneration
 
-from testbed import judge_trace, training
-from testbed.judge_data import SHARES, Draw, Material, draw_renders, load_bank, training_texts
-from testbed.judge_model import (
-    PICTURES,
-    Form,
-    new_model,
-    patches,
-    picture_features,
-    reply_ids,
-    reply_logits,
-    request_ids,
-    save,
-    token_ids,
-)
-from testbed.training import BUILD, Course
+from reward_server import sft
+from reward_server.families.flex import Flex
+from reward_server.families.unified import Unified2Point
+from reward_server.finetuning import MODEL
+from reward_server.judge_training import JudgeTraining, Sft
+from testbed import judge_examples, judge_trace
+from testbed.judge_data import Draw, Material, draw_renders, load_bank, training_texts
+from testbed.judge_model import new_model, save
+from testbed.training import BUILD
 
 OUTPUT = Path(__file__).parent / "tiny_judge"
+STAGES = ("describe", "compare", "practise")
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
-    """What all stages share: the weights' seed, how many prompts have pictures, where progress is kept, and whether the
-    model is compiled."""
+    """How much there is to learn from: prompts with pictures, and examples of each kind.
+
+    `seed` is that of the weights and of the samples; renders, and each stage's pairs and scores, have the five after it.
+    """
 
     seed: int = 41
     build: Path = BUILD
-    sampled_prompts: int = 5000
+    sampled_prompts: int = 8000
     rendered_prompts: int = 5000
-    compile: bool = False
+    pairs: int = 128_000
+    scored: int = 64_000
+    more_pairs: int = 224_000
+    more_scored: int = 64_000
+
+    @property
+    def folder(self) -> Path:
+        return self.build / "judge"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """Hyper-parameters of a stage; `pictures` (or clips) is 1 to describe one, 2 to compare two.
-
-    Every `point_every`-th step scores single pictures instead, `pictures` times as many; 0: none does. `more_prompts`
-    have samples beside the config's; `shares` are those of the kinds of pairs.
-    """
-
-    name: str
-    pictures: int
-    seed: int
-    steps: int
-    batch: int
-    peak_lr: float
-    point_every: int = 0
-    more_prompts: int = 0
-    shares: Mapping[str, float] = field(default_factory=lambda: SHARES)
-
-
-STAGES = (
-    Stage(name="judge_describe", pictures=1, seed=42, steps=3000, batch=96, peak_lr=2e-3),
-    Stage(name="judge_compare", pictures=2, seed=43, steps=4000, batch=48, peak_lr=1.5e-3, point_every=5),
-    Stage(
-        name="judge_samples",
-        pictures=2,
-        seed=44,
-        steps=1600,
-        batch=48,
-        peak_lr=8e-4,
-        point_every=5,
-        more_prompts=3000,
-        shares={"samples": 0.75, "renders": 0.15, "strangers": 0.1},
-    ),
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Right-padded sequences: patches of all their pictures as `judge_model.patches` cuts them, ids [b, length], wanted bool [b, length] with m true
-    places whose next tokens are `targets` [m]."""
-
-    pixels: torch.Tensor
-    ids: torch.Tensor
-    wanted: torch.Tensor
-    targets: torch.Tensor
+_SHARED: dict[str, Any] = {"warmup": 0.08, "weight_decay": 0.05, "beta2": 0.98, "checkpoint_every": 100}
+FITS = {
+    "describe": Sft(lr=2e-3, batch=48, accumulation=2, steps=3000, **_SHARED),
+    "compare": Sft(lr=1.5e-3, batch=24, accumulation=2, **_SHARED),
+    "practise": Sft(lr=1e-3, batch=24, accumulation=2, steps=4000, **_SHARED),
+}
+"""Of the stages, in one process. Two take a batch each instead of one after the other."""
 
 
 @lru_cache(maxsize=1)
-def material(config: JudgeConfig, more_prompts: int = 0) -> Material:
-    """The pictures to learn from, drawn where they are missing; samples for `more_prompts` than the config says."""
-    sampled = training_texts(config.sampled_prompts + more_prompts, config.seed)
+def material(config: JudgeConfig) -> Material:
+    """The pictures to learn from, drawn where they are missing."""
+    sampled = training_texts(config.sampled_prompts, config.seed)
     rendered = training_texts(config.rendered_prompts, config.seed + 1, novel=0.15)
     return Material(
         samples=load_bank(config.build / "judge_samples", sampled, flux_draw(), config.seed),
@@ -125,155 +92,92 @@ def flux_draw() -> Draw:
     return draw
 
 
-def make_batch(stage: Stage, drawn: Material, step: int) -> Batch:
-    """The batch of a step; the same for the same step."""
-    rng = np.random.default_rng((stage.seed, step))
-    if stage.point_every and step % stage.point_every == stage.point_every - 1:
-        examples = [_scored(drawn, rng) for _ in range(stage.batch * stage.pictures)]
-    else:
-        examples = [
-            _described(drawn, rng) if stage.pictures == 1 else _compared(drawn, rng, stage.shares)
-            for _ in range(stage.batch)
-        ]
-    images, requests, replies = zip(*examples, strict=True)
-    return collate(np.concatenate(images), requests, [reply_ids(pieces) for pieces in replies])
+def config(stage: str = STAGES[-1], about: JudgeConfig | None = None, processes: int = 1) -> JudgeTraining:
+    """A stage as the recipe takes it; it begins with the untrained model, or with what the stage before has saved."""
+    folder, fit = (about or JudgeConfig()).folder, FITS[stage]
+    begun = STAGES.index(stage)
+    wording = folder / "untrained" / "prompt.txt"
+    return JudgeTraining(
+        name=stage,
+        output=str(folder),
+        model=str(folder / STAGES[begun - 1] / "sft" / MODEL if begun else folder / "untrained"),
+        image=Flex(prompt_file=str(wording), structured=False),
+        questions={
+            judge_examples.DESCRIBE: Unified2Point(prompt_file=str(folder / "describe.txt")),
+            judge_examples.SCORE: Unified2Point(prompt_file=str(wording.with_name("prompt_point.txt"))),
+        },
+        sft=replace(fit, traces=str(folder / f"{stage}.jsonl"), accumulation=fit.accumulation // processes),
+        precision="float32",
+        gradient_checkpointing=False,
+        wandb="disabled",
+    )
 
 
-Example = tuple[np.ndarray, list[int], list[str]]
-"""Pictures [k, side, side, 3], the request's ids, and the reply's pieces."""
+def result(about: JudgeConfig | None = None) -> Path:
+    """The folder of the judge that the last stage saves."""
+    return config(STAGES[-1], about).folder / "sft" / MODEL
 
 
-def _described(drawn: Material, rng: np.random.Generator) -> Example:
-    image, judged = drawn.picture(rng)
-    return image[None], request_ids(1), judge_trace.description(judged.reading)
+def prepare(about: JudgeConfig) -> None:
+    """Writes the examples of both stages and the untrained model, where they are missing."""
+    folder = about.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "describe.txt").write_text(judge_trace.DESCRIBE + "{prompt}")  # there is no prompt
+    if not (folder / "untrained" / "prompt.txt").exists():
+        save(new_model(about.seed), folder / "untrained")
+    if all((folder / f"{stage}.jsonl").exists() for stage in STAGES):
+        return
+    pictures = material(about)
+    judge_examples.write(folder / "describe.jsonl", judge_examples.descriptions(pictures))
+    print(f"wrote {folder / 'describe.jsonl'}", flush=True)
+    for stage, seed, shares, counts in (
+        ("compare", about.seed + 2, judge_examples.SHARES, (about.pairs, about.scored)),
+        ("practise", about.seed + 4, judge_examples.LATER_SHARES, (about.more_pairs, about.more_scored)),
+    ):
+        pairs = judge_examples.comparisons(pictures, counts[0], seed, shares)
+        scores = judge_examples.scorings(pictures, counts[1], seed + 1)
+        judge_examples.write(folder / f"{stage}.jsonl", chain(pairs, scores))
+        print(f"wrote {folder / f'{stage}.jsonl'}", flush=True)
 
 
-def _scored(drawn: Material, rng: np.random.Generator) -> Example:
-    text, reference, image, judged = drawn.prompted(rng)
-    return image[None], request_ids(1, text), judge_trace.scores(reference, judged)
-
-
-def _compared(drawn: Material, rng: np.random.Generator, shares: Mapping[str, float]) -> Example:
-    pair = drawn.pair(rng, shares)
-    return np.stack(pair.images), request_ids(2, pair.text), judge_trace.trace(pair.reference, *pair.judged)
-
-
-def collate(
-    images: np.ndarray,
-    requests: Sequence[Sequence[int]],
-    replies: Sequence[Sequence[int]],
-    form: Form = PICTURES,
-    multiple: int = 8,
-) -> Batch:
-    """Pads on the right, to a length that is a `multiple`; only the replies are to be learned."""
-    longest = max(len(request) + len(reply) for request, reply in zip(requests, replies, strict=True))
-    length = -(-longest // multiple) * multiple  # few lengths, because each is compiled for itself
-    ids = torch.full((len(requests), length), token_ids(form)["<|endoftext|>"])
-    wanted = torch.zeros(ids.shape, dtype=torch.bool)
-    for row, (request, reply) in enumerate(zip(requests, replies, strict=True)):
-        end = len(request) + len(reply)
-        ids[row, :end] = torch.tensor([*request, *reply])
-        wanted[row, len(request) - 1 : end - 1] = True
-    return Batch(pixels=patches(images, form), ids=ids, wanted=wanted, targets=ids[:, 1:][wanted[:, :-1]])
-
-
-def logits_of(model: Qwen3VLForConditionalGeneration, batch: Batch, features_of=picture_features) -> torch.Tensor:
-    """Logits [m, vocabulary] in float32, by bfloat16 arithmetic."""
-    # For so few tokens the plain attention is the fastest of the CPU's.
-    with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", dtype=torch.bfloat16):
-        return reply_logits(model, batch.pixels, batch.ids, batch.wanted, features_of).float()
-
-
-class Progress:
-    """Moving averages of what a training prints; `winners` are the tokens that decide."""
-
-    def __init__(self, winners: Sequence[int]) -> None:
-        self.values: dict[str, float] = {}
-        self._winners = torch.tensor(winners)
-
-    def add(self, logits: torch.Tensor, targets: torch.Tensor) -> None:
-        right = (logits.argmax(-1) == targets).float()
-        decisive = torch.isin(targets, self._winners)
-        self._follow("tokens right", right.mean().item())
-        if decisive.any():
-            self._follow("winner right", right[decisive].mean().item())
-
-    def _follow(self, name: str, value: float) -> None:
-        self.values[name] = 0.98 * self.values.get(name, value) + 0.02 * value
-
-    def __str__(self) -> str:
-        return " ".join(f"{name} {value:.4f}" for name, value in self.values.items())
-
-
-def train(
-    model: Qwen3VLForConditionalGeneration, stage: Stage, config: JudgeConfig, stop_at: int | None = None
-) -> None:
-    """Trains, or resumes, a stage in place; its state is `<build>/<stage>.pt`."""
-    drawn = material(config, stage.more_prompts)
-    winners = [token_ids()[piece] for piece in judge_trace.overall_winners()]
-    fit(model, stage, config, lambda step: make_batch(stage, drawn, step), winners, stop_at)
-
-
-def fit(
-    model: Qwen3VLForConditionalGeneration,
-    stage: Stage,
-    config: JudgeConfig,
-    batch_of: Callable[[int], Batch],
-    winners: Sequence[int],
-    stop_at: int | None = None,
-    origin: str = "",
-) -> None:
-    """Trains, or resumes, a stage on the batches of its steps; `winners` are the tokens that decide, `origin` as in `training.train`."""
-    progress, features_of = Progress(winners), picture_features
-    if config.compile:
-        features_of = torch.compile(features_of, dynamic=False)
-        model.model.language_model.compile(dynamic=False)
-
-    def loss_of(step: int) -> torch.Tensor:
-        batch = batch_of(step)
-        logits = logits_of(model, batch, features_of)
-        progress.add(logits.detach(), batch.targets)
-        return nn.functional.cross_entropy(logits, batch.targets)
-
-    course = Course(steps=stage.steps, peak_lr=stage.peak_lr, weight_decay=0.05)
-    training.train(config.build / f"{stage.name}.pt", model, loss_of, course, stop_at, progress.__str__, origin)
-
-
-def train_all(config: JudgeConfig) -> None:
-    """All stages, each from where the one before ends."""
-    model = new_model(config.seed)
+def train_all(about: JudgeConfig, processes: int) -> Path:
+    """All stages, each from where the one before ends; the folder of the last one's judge."""
+    prepare(about)
     for stage in STAGES:
-        train(model, stage, config)
+        if processes == 1:
+            sft.train(config(stage, about))
+        else:
+            _launch(stage, about, processes)
+    return result(about)
 
 
-def present_model(
-    config: JudgeConfig, stages: Sequence[Stage] = STAGES, form: Form = PICTURES
-) -> Qwen3VLForConditionalGeneration:
-    """The model of the latest stage that has begun. Raises FileNotFoundError where none has."""
-    begun = [path for stage in stages if (path := config.build / f"{stage.name}.pt").exists()]
-    if not begun:
-        raise FileNotFoundError(f"no stage has begun in {config.build}")
-    model = new_model(config.seed, form)
-    model.load_state_dict(torch.load(begun[-1], weights_only=False)["parts"][0])
-    return model.eval()
+def _launch(stage: str, about: JudgeConfig, processes: int) -> None:
+    """Trains a stage in several processes, which average their gradients. Raises ValueError where that fails."""
+    # Most of a step are small operations, at each of which two threads of one process would wait for each other.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += ["-m", "testbed.train_judge", f"--stage={stage}", f"--processes={processes}", f"--build={about.build}"]
+    ended = subprocess.run(command, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+    if ended:
+        raise ValueError(f"the stage {stage!r} ended with status {ended}; start the same command again to go on")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--export", action="store_true", help="save the present weights and stop")
-    parser.add_argument("--compile", action="store_true", help="compile the model: 1.6 times as fast")
-    parser.add_argument("--draw", action="store_true", help="draw the pictures and stop")
-    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--processes", type=int, choices=(1, 2), default=2, help="that train together (%(default)s)")
+    parser.add_argument("--draw", action="store_true", help="make the examples and stop")
+    parser.add_argument("--stage", choices=STAGES, help="train this stage alone, as one of accelerate's processes")
+    parser.add_argument("--build", type=Path, default=BUILD, help="where progress is kept (%(default)s)")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    config = JudgeConfig(compile=options.compile)
-    if options.draw:
-        material(config, STAGES[-1].more_prompts)
-        return
-    if not options.export:
-        train_all(config)
-    save(present_model(config), options.output)
+    about = JudgeConfig(build=options.build)
+    if options.stage:
+        sft.train(config(options.stage, about, options.processes))
+    elif options.draw:
+        prepare(about)
+    else:
+        try:
+            print(train_all(about, options.processes))
+        except ValueError as error:
+            parser.exit(1, f"error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -21,9 +21,10 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from testbed import video_judge_trace
 from testbed.judge_data import Draw, load_images
+from testbed.judge_loop import Batch, Stage, collate, fit, present_model
 from testbed.judge_model import CLIPS, PICTURES, extended, new_model, reply_ids, request_ids, save, token_ids
 from testbed.train_judge import OUTPUT as PICTURES_JUDGE
-from testbed.train_judge import Batch, Example, JudgeConfig, Stage, collate, fit, present_model
+from testbed.training import BUILD
 from testbed.video_judge_data import SEEN, ClipBank, ClipMaterial, draw_renders, training_texts
 
 OUTPUT = Path(__file__).parent / "tiny_video_judge"
@@ -31,18 +32,21 @@ WAN = Path(__file__).parent / "tiny_wan"
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoJudgeConfig(JudgeConfig):
-    """The same for clips; without `wan`'s model in its folder there are no samples."""
+class VideoJudgeConfig:
+    """What both stages share: the weights' seed, how many prompts have clips, where progress is kept, and whether the
+    model is compiled. Without a model in the folder `wan` there are no samples."""
 
     seed: int = 51
+    build: Path = BUILD
+    compile: bool = False
     sampled_prompts: int = 2500
     rendered_prompts: int = 2500
     wan: Path = WAN
 
 
 STAGES = (
-    Stage(name="video_judge_describe", pictures=1, seed=52, steps=1600, batch=48, peak_lr=2e-3),
-    Stage(name="video_judge_compare", pictures=2, seed=53, steps=3600, batch=32, peak_lr=1.5e-3),
+    Stage(name="video_judge_describe", candidates=1, seed=52, steps=1600, batch=48, peak_lr=2e-3),
+    Stage(name="video_judge_compare", candidates=2, seed=53, steps=3600, batch=32, peak_lr=1.5e-3),
 )
 
 
@@ -85,10 +89,13 @@ def wan_draw(folder: Path = WAN) -> Draw:
 def make_batch(stage: Stage, drawn: ClipMaterial, step: int) -> Batch:
     """The batch of a step; the same for the same step."""
     rng = np.random.default_rng((stage.seed, step))
-    examples = [(_described, _compared)[stage.pictures - 1](drawn, rng) for _ in range(stage.batch)]
+    examples = [(_described, _compared)[stage.candidates - 1](drawn, rng) for _ in range(stage.batch)]
     images, requests, replies = zip(*examples, strict=True)
-    # Replies differ much in length, and each length is compiled for itself.
-    return collate(np.concatenate(images), requests, [reply_ids(r, CLIPS) for r in replies], CLIPS, multiple=16)
+    return collate(np.concatenate(images), requests, [reply_ids(r, CLIPS) for r in replies])
+
+
+Example = tuple[np.ndarray, list[int], list[str]]
+"""Frames [k, side, side, 3], the request's ids, and the reply's pieces."""
 
 
 def _described(drawn: ClipMaterial, rng: np.random.Generator) -> Example:
@@ -109,7 +116,12 @@ def train(
     drawn = material(config)
     winners = [token_ids(CLIPS)[piece] for piece in video_judge_trace.overall_winners()]
     origin = digest(PICTURES_JUDGE / "model.safetensors") if stage == STAGES[0] else ""
-    fit(model, stage, config, lambda step: make_batch(stage, drawn, step), winners, stop_at, origin)
+    path = state_path(stage, config)
+    fit(path, model, stage, lambda step: make_batch(stage, drawn, step), winners, stop_at, origin, config.compile)
+
+
+def state_path(stage: Stage, config: VideoJudgeConfig) -> Path:
+    return config.build / f"{stage.name}.pt"
 
 
 def digest(file: Path) -> str:
@@ -138,7 +150,7 @@ def main() -> None:
         return
     if not options.export:
         train_all(config)
-    save(present_model(config, STAGES, CLIPS), options.output, CLIPS)
+    save(present_model([state_path(stage, config) for stage in STAGES], config.seed), options.output, CLIPS)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How all of the testbed's weights are trained: one loop that resumes, and one way to save a pipeline."""
+"""How the testbed's generators and its judge of clips are trained: one loop that resumes; and one way to save a pipeline."""
 
 from __future__ import annotations
 

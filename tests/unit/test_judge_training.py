@@ -32,10 +32,10 @@ from reward_server.ledger import Ledger
 from reward_server.pairs import FILE
 from testbed import judge_model, judge_trace, refine_judge
 from testbed.judge_data import Pair
-from testbed.judge_model import patches, reply_ids, request_ids
+from testbed.judge_loop import collate
+from testbed.judge_model import PICTURES, patches, reply_ids, request_ids
 from testbed.judge_preferences import render_pairs
 from testbed.oracle_judge import MODEL, OracleJudge
-from testbed.train_judge import collate
 from tests.tiny_vlm import THINKING_TEMPLATE, qwen3_5, save_tiny_vlm
 
 CLIP = "a red circle moving right"
@@ -153,7 +153,9 @@ def test_the_loss_is_the_one_of_a_forward_of_our_own(config: JudgeTraining, draw
     model, some = trainer.model.eval(), drawn[:3]
     batch = trainer.data_collator([trainer.train_dataset[k] for k in range(3)])
     replies = [reply_ids(judge_trace.trace(p.reference, *p.judged)) for p in some]
-    fast = collate(np.stack([i for p in some for i in p.images]), [request_ids(2, p.text) for p in some], replies)
+    fast = collate(
+        np.stack([i for p in some for i in p.images]), [request_ids(2, p.text) for p in some], replies, PICTURES
+    )
     with torch.no_grad():
         ours = torch.nn.functional.cross_entropy(
             judge_model.reply_logits(model, fast.pixels, fast.ids, fast.wanted), fast.targets

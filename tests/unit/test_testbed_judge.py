@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,20 +15,22 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from reward_server import examples, finetuning
 from reward_server.asking import Endpoint
 from reward_server.families.chat import data_url
 from reward_server.families.flex import Flex, parse
 from reward_server.families.reasoning import Reasoning
 from reward_server.families.unified import Unified2Point, parse_point2
-from testbed import judge_data, judge_model, judge_trace, train_judge
+from testbed import judge_data, judge_examples, judge_model, judge_trace, train_judge
 from testbed import scenes as world
 from testbed.judge_data import Bank, Material, Pair
-from testbed.judge_model import new_model, new_tokenizer, patches, reply_ids, request_ids, token_ids
+from testbed.judge_loop import collate
+from testbed.judge_model import PICTURES, new_model, new_tokenizer, patches, reply_ids, request_ids, token_ids
 from testbed.measure_judge import ask, card_of, score, summary
 from testbed.oracle_judge import OracleJudge
 from testbed.oracle_replies import Judging
 from testbed.preference import Score
-from testbed.train_judge import OUTPUT, JudgeConfig, Stage
+from testbed.train_judge import OUTPUT, JudgeConfig
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +82,58 @@ def test_the_parser_reads_the_oracles_marks_from_every_scored_picture(material: 
         assert words.encode("".join(pieces), add_special_tokens=False) == reply_ids(pieces)[:-1]
 
 
-def test_every_fifth_batch_of_comparing_scores_single_pictures(material: Material) -> None:
-    stage = Stage(name="stage", pictures=2, seed=1, steps=10, batch=3, peak_lr=1e-3, point_every=5)
-    asked = token_ids()[judge_trace.SCORE]
-    scored = [bool((train_judge.make_batch(stage, material, step).ids == asked).any()) for step in range(10)]
-    assert scored == [False] * 4 + [True] + [False] * 4 + [True]
+def test_an_example_is_asked_as_the_served_judge_will_be(
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each kind: the request and the reply in the judge's own tokens, and the picture's own patches."""
+    about = JudgeConfig(build=tmp_path, pairs=3, scored=2, more_pairs=2, more_scored=1)
+    monkeypatch.setattr(train_judge, "material", lambda _: material)
+    train_judge.prepare(about)
+    config = train_judge.config("compare", about)
+    processor = examples.load_processor(about.folder / "untrained")
+    made = [
+        (judge_examples.descriptions(material), "describe"),
+        (judge_examples.comparisons(material, about.pairs, about.seed + 2), "compare"),
+        (judge_examples.scorings(material, about.scored, about.seed + 3), "compare"),
+    ]
+    rows = {
+        stage: iter(examples.read_lines(about.folder / f"{stage}.jsonl", ("prompt", "reply"), config.questions))
+        for stage in train_judge.STAGES
+    }
+    for those, stage in made:
+        for (_, prompt, images, pieces), row in zip(islice(those, 3), rows[stage], strict=False):
+            one = examples.example(config, processor, row)
+            read = processor(images=[Image.open(path) for (path,) in row["media"]], text=[one["prompt"] + one["reply"]])
+            assert read["input_ids"][0] == [*request_ids(len(images), prompt), *reply_ids(pieces)]
+            assert np.array_equal(read["pixel_values"], patches(np.stack(images)).flatten(0, 1))
+    assert next(rows["compare"], None) is None  # all five were read
+
+
+def test_a_picture_is_kept_once(material: Material, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        judge_examples.write(tmp_path / f"{name}.jsonl", islice(judge_examples.descriptions(material), 8))
+    assert len(list((tmp_path / "pictures").iterdir())) == 8
+    before = (tmp_path / "one.jsonl").read_text()
+    judge_examples.write(tmp_path / "one.jsonl", judge_examples.scorings(material, 2, 0))
+    assert (tmp_path / "one.jsonl").read_text() == before  # what is there already is not made again
+
+
+def test_the_recipe_makes_the_judge_from_untrained_weights(
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about = JudgeConfig(build=tmp_path, pairs=4, scored=2, more_pairs=4, more_scored=2)
+    monkeypatch.setattr(train_judge, "material", lambda _: material)
+    for name, fit in train_judge.FITS.items():
+        monkeypatch.setitem(train_judge.FITS, name, replace(fit, steps=2, batch=2, log_every=1))
+    last = train_judge.train_all(about, processes=1)
+    made = [about.folder / stage / "sft" / "model" for stage in train_judge.STAGES]
+    folders = [about.folder / "untrained", *made]
+    begun = [json.loads((folder.parent / "settings.json").read_text())["model"] for folder in made]
+    assert begun == [str(folder) for folder in folders[:-1]] and last == made[-1]
+    weights = [Qwen3VLForConditionalGeneration.from_pretrained(folder).state_dict() for folder in folders]
+    for before, after in pairwise(weights):
+        assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+    assert [line["step"] for line in finetuning.read_metrics(last.parent)] == [1, 2]
 
 
 def test_a_swapped_pair_has_the_opposite_winners(pairs: list[Pair]) -> None:
@@ -169,7 +220,7 @@ def test_the_fast_forward_is_the_stock_one(model: Qwen3VLForConditionalGeneratio
     some = pairs[:3]
     requests = [request_ids(2, pair.text) for pair in some]
     replies = [reply_ids(judge_trace.trace(pair.reference, *pair.judged)) for pair in some]
-    batch = train_judge.collate(np.stack([image for pair in some for image in pair.images]), requests, replies)
+    batch = collate(np.stack([image for pair in some for image in pair.images]), requests, replies, PICTURES)
     with torch.no_grad():
         ours = judge_model.reply_logits(model, batch.pixels, batch.ids, batch.wanted)
         stock = model(
@@ -203,36 +254,6 @@ def test_the_saved_folder_asks_as_training_did(model: Qwen3VLForConditionalGener
     assert again.generation_config.eos_token_id == token_ids()["<|im_end|>"]
 
 
-def test_training_resumes_exactly(tmp_path: Path, material: Material, monkeypatch: pytest.MonkeyPatch) -> None:
-    stage = Stage(name="stage", pictures=2, seed=1, steps=4, batch=2, peak_lr=1e-3)
-    monkeypatch.setattr(train_judge, "material", lambda *_: material)
-    finished = []
-    for name, stops in (("whole", (4,)), ("parts", (2, 4))):
-        config, model = replace(JudgeConfig(), build=tmp_path / name), new_model(0)
-        for stop in stops:
-            model = new_model(0)
-            train_judge.train(model, stage, config, stop_at=stop)
-        finished.append(model.state_dict())
-    assert all(torch.equal(finished[0][key], finished[1][key]) for key in finished[0])
-    config = replace(JudgeConfig(), build=tmp_path / "parts")
-    with pytest.raises(ValueError, match=r"peak_lr was 0\.001, not 0\.01.*move it away"):
-        train_judge.train(new_model(0), replace(stage, peak_lr=1e-2), config)
-
-
-def test_a_step_lowers_the_loss_of_its_batch(material: Material) -> None:
-    stage = Stage(name="stage", pictures=1, seed=1, steps=4, batch=4, peak_lr=1e-3)
-    batch, model = train_judge.make_batch(stage, material, 0), new_model(0)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    losses = []
-    for _ in range(5):
-        loss = torch.nn.functional.cross_entropy(train_judge.logits_of(model, batch), batch.targets)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.5
-
-
 def test_the_teacher_itself_is_measured_as_never_wrong(pairs: list[Pair], tmp_path: Path) -> None:
     with OracleJudge(style="trace").start(tmp_path) as server:
         answers = ask(Endpoint(url=server.endpoints[0]), Flex(), pairs[:12])
@@ -259,7 +280,8 @@ def test_a_judge_without_sense_is_measured_without_a_parsed_reply(pairs: list[Pa
 def test_the_saved_card_says_what_was_measured_and_how_the_judge_was_trained() -> None:
     text = (OUTPUT / "README.md").read_text()
     assert text == card_of(OUTPUT)  # else: python -m testbed.measure_judge --readme
-    assert "| sft | 81 | 1 | 24 x 1 | 0.0002 |" in text and "| dpo | 82 | 1 | 12 x 2 | 2e-05 |" in text
+    assert "| describe | 52,000 pictures | 3,000 steps | 48 x 2 | 0.002 |" in text
+    assert "| dpo | of 1,000 pairs | 1 epoch | 12 x 2 | 2e-05 |" in text
 
 
 def test_scores_of_single_pictures_name_the_winner_of_a_pair(pairs: list[Pair], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from reward_server.asking import Endpoint
 from reward_server.families.chat import frame_indices
 from reward_server.families.flex import Flex, parse
 from testbed import clips as world
-from testbed import judge_model, train_judge, train_video_judge, video_judge_data, video_judge_trace
+from testbed import judge_loop, judge_model, train_video_judge, video_judge_data, video_judge_trace
 from testbed.judge_data import SIBLINGS, Pair
 from testbed.judge_model import CLIPS, PICTURES, extended, new_model, new_tokenizer, reply_ids, request_ids, token_ids
 from testbed.judge_trace import winner_of
@@ -161,9 +162,7 @@ def test_the_fast_forward_is_the_stock_one(
     some = pairs[:2]
     requests = [request_ids(2, pair.text, CLIPS) for pair in some]
     replies = [reply_ids(video_judge_trace.trace(pair.reference, *pair.judged), CLIPS) for pair in some]
-    batch = train_judge.collate(
-        np.concatenate([np.concatenate(pair.images) for pair in some]), requests, replies, CLIPS
-    )
+    batch = judge_loop.collate(np.concatenate([np.concatenate(pair.images) for pair in some]), requests, replies)
     with torch.no_grad():
         ours = judge_model.reply_logits(model, batch.pixels, batch.ids, batch.wanted)
         stock = model(
@@ -218,11 +217,11 @@ def test_samples_are_drawn_where_the_generator_is(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
-def test_a_steps_batch_is_the_same_again(stage: train_judge.Stage, drawn: ClipMaterial) -> None:
+def test_a_steps_batch_is_the_same_again(stage: judge_loop.Stage, drawn: ClipMaterial) -> None:
     one, two, other = (make_batch(stage, drawn, step) for step in (3, 3, 4))
     assert torch.equal(one.ids, two.ids) and torch.equal(one.pixels, two.pixels)
     assert not torch.equal(one.pixels, other.pixels)
-    assert len(one.pixels) == stage.batch * stage.pictures * CLIPS.pictures
+    assert len(one.pixels) == stage.batch * stage.candidates * CLIPS.pictures
 
 
 def test_training_begins_with_what_the_judge_of_pictures_knows() -> None:
@@ -297,6 +296,34 @@ def test_training_does_not_go_on_from_another_judge_of_pictures(
     monkeypatch.setattr(train_video_judge, "PICTURES_JUDGE", other)
     with pytest.raises(ValueError, match=r"begun otherwise \(origin was"):
         train_video_judge.train(model, STAGES[0], config, stop_at=2)
+
+
+def test_training_resumes_exactly(drawn: ClipMaterial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_video_judge, "material", lambda config: drawn)
+    stage = replace(STAGES[1], steps=4, batch=2)
+    finished = []
+    for name, stops in (("whole", (4,)), ("parts", (2, 4))):
+        config, model = VideoJudgeConfig(build=tmp_path / name), new_model(0, CLIPS)
+        for stop in stops:
+            model = new_model(0, CLIPS)
+            train_video_judge.train(model, stage, config, stop_at=stop)
+        finished.append(model.state_dict())
+    assert all(torch.equal(finished[0][key], finished[1][key]) for key in finished[0])
+    with pytest.raises(ValueError, match=r"peak_lr was 0\.0015, not 0\.01.*move it away"):
+        train_video_judge.train(new_model(0, CLIPS), replace(stage, peak_lr=1e-2), config)
+
+
+def test_a_step_lowers_the_loss_of_its_batch(drawn: ClipMaterial) -> None:
+    batch, model = make_batch(replace(STAGES[0], batch=4), drawn, 0), new_model(0, CLIPS)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    losses = []
+    for _ in range(5):
+        loss = torch.nn.functional.cross_entropy(judge_loop.logits_of(model, batch), batch.targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5
 
 
 def test_the_teacher_itself_is_measured_as_never_wrong(pairs: list[Pair[JudgedClip]], tmp_path: Path) -> None:
