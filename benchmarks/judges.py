@@ -16,7 +16,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ import numpy as np
 from benchmarks import kept
 from benchmarks.plots import plot
 from grpo_flex.config import RunConfig
-from grpo_flex.config_file import from_json, load_experiment
+from grpo_flex.config_file import load_experiment
 from grpo_flex.metrics import step_seconds
 from grpo_flex.overrides import override
 
@@ -106,18 +105,20 @@ def run_all(variants: Sequence[str], seeds: Sequence[int], runs: Path, out: Path
             if kept.same(path, recipe, "recipe"):
                 continue
             words = command(variant, seed, runs, overrides)
-            _check_same(runs / run_name(variant, seed), configuration(variant, overrides))
+            _check_same(runs / run_name(variant, seed), recipe)
             if words is not None:
                 subprocess.run(words, check=True)
             kept.write(path, measured(variant, seed, runs / run_name(variant, seed), recipe))
 
 
-def _check_same(folder: Path, config: RunConfig) -> None:
-    """Raises ValueError where a run that is there already is of another configuration."""
-    if (folder / "config.json").is_file():
-        found = from_json((folder / "config.json").read_text())
-        if kept.digest(replace(found, name=config.name, runs_dir=config.runs_dir)) != kept.digest(config):
-            raise ValueError(f"{folder} is of another configuration: move it away, or give another --runs")
+def _check_same(folder: Path, recipe: str) -> None:
+    """Raises ValueError where a run that is there already was begun with another configuration, or another judge's weights."""
+    begun = folder.with_name(f"{folder.name}.recipe")
+    if not folder.exists():
+        begun.parent.mkdir(parents=True, exist_ok=True)
+        begun.write_text(recipe)
+    elif not begun.is_file() or begun.read_text() != recipe:
+        raise ValueError(f"{folder} is of another configuration or judge: move it away, or give another --runs")
 
 
 # ---------------------------------------------------------------- table and plot

@@ -99,6 +99,7 @@ def stand_in(runs: Path, name: str, scores: dict[int, float], steps: int) -> Non
     variant = name.removeprefix("judges_").rpartition("_s")[0]
     config = bench.configuration(variant, [f"name={name}", f"runs_dir={runs}", f"steps={steps}"])
     (runs / name / "config.json").write_text(to_json(config))
+    (runs / f"{name}.recipe").write_text(bench.kept.digest(bench.configuration(variant, [f"steps={steps}"])))
     rows = [row for step, s in scores.items() for row in ({"step": step, bench.SCORE: s}, {"step": step + 1})]
     (runs / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
 
@@ -151,3 +152,18 @@ def test_what_a_finished_run_measured_is_kept_and_not_measured_again(
     stand_in(runs, "judges_pointwise_s0", {0: 0.5, 10: 0.7}, steps=10)
     with pytest.raises(ValueError, match="judges_pointwise_s0 is of another configuration"):
         bench.run_all(["pointwise"], [0], runs, out, ["steps=20"])
+    (runs / "judges_pointwise_s0.recipe").unlink()  # nobody knows by which judge
+    with pytest.raises(ValueError, match="judges_pointwise_s0 is of another configuration or judge"):
+        bench.run_all(["pointwise"], [0], runs, out, ["steps=10"])
+
+
+def test_another_judges_weights_are_another_recipe(tmp_path: Path) -> None:
+    config = bench.configuration("flex", [f"judge.server.model={tmp_path}"])
+    found = {bench.kept.digest(config)}
+    for weights in (b"before", b"after"):
+        (tmp_path / "model.safetensors").write_bytes(weights)
+        found.add(bench.kept.digest(config))
+    assert len(found) == 3
+    assert bench.kept.digest(bench.configuration("oracle", [])) == bench.kept.digest(
+        bench.configuration("oracle", ["seed=7"])
+    )
