@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import hashlib
 import json
 import math
 import tempfile
@@ -222,9 +223,10 @@ def compared(endpoint: Endpoint, family: ChatFamily, pairs: Mapping[str, Sequenc
 
 
 def facts(folder: Path) -> dict[str, Any]:
-    """A saved judge's size."""
-    files = list(folder.glob("*.safetensors"))
+    """A saved judge's size, and a digest of its weights."""
+    files = sorted(folder.glob("*.safetensors"))
     return {
+        "weights": hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12],
         "parameters": sum(_parameters(path) for path in files),
         "weight_bytes": sum(path.stat().st_size for path in files),
     }
@@ -321,8 +323,8 @@ held-out one. The order of two is random, and pairs in which neither is better a
 
 `reward_server`'s recipe trains it from random weights (seed {config.seed}), by the commands that train any judge. Fine-tuning
 (stage 1) comes in four courses: `describe`, in which it learns to see, one picture at a time; `compare`, with pairs and, in UnifiedReward
-2.0's format, single pictures; `practise`, the same with more of the samples (`testbed/train_judge.py`); `sft`, on traces of other pairs that the oracle wrote as a teacher
-behind an endpoint. `dpo` (stage 2, β {beta:g}) learns from pairs of the judge's own traces (`testbed/refine_judge.py`).
+2.0's format, single pictures; `practise`, the same with more of the samples (`testbed/train_judge.py`); `sft`, on pairs drawn anew from
+the same pictures, whose traces the oracle wrote as a teacher behind an endpoint. `dpo` (stage 2, β {beta:g}) learns from pairs of the judge's own traces (`testbed/refine_judge.py`).
 
 | course | examples | length | batch x accumulation | peak lr |
 |---|---|---|---|---|

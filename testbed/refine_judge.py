@@ -30,14 +30,14 @@ from reward_server.serve import VllmJudge
 from testbed import train_judge
 from testbed.judge_data import Pair
 from testbed.judge_preferences import save, training_pairs
-from testbed.measure_judge import STAGES_TABLE, card, measure, write_card
+from testbed.measure_judge import STAGES_TABLE, card, facts, measure, write_card
 from testbed.oracle_judge import OracleJudge
 from testbed.train_judge import OUTPUT
 from testbed.training import BUILD
 
 SFT_PAIRS, DPO_PAIRS = 6000, 1000
 SEEDS = {"sft": 81, "dpo": 82}
-"""Of the two sets of preferences: stage 2 samples on instances that stage 1 has not seen."""
+"""Of the two sets of preferences, drawn anew from the pictures that `testbed.train_judge` has shown it."""
 FIGURES = ("accuracy", "accuracy_clear", "accuracy_near", "parsed", "consistent", "first")
 
 
@@ -104,6 +104,7 @@ def sample_pairs(training: JudgeTraining, judge: Path) -> None:
     """Serves stage 1's judge by vLLM and samples two traces for each preference; the oracle is the judge of reasoning."""
     counts = training.folder / pairs.COUNTS
     if counts.exists() and not json.loads(counts.read_text())["unanswered"]:
+        asyncio.run(pairs.build(training))  # asks nothing, and refuses another judge's pairs
         return
     # vLLM computes half precision on a CPU in bfloat16; the card's numbers are float32's.
     server = VllmJudge(model=str(judge), max_model_len=2048, kv_cache_gb=1, cpu_threads=1, extra=("--dtype", "float32"))
@@ -117,9 +118,9 @@ def sample_pairs(training: JudgeTraining, judge: Path) -> None:
 
 
 def measured(name: str, judge: Path, folder: Path) -> dict[str, Any]:
-    """The judge's figures on held-out pairs, measured once and kept as `<name>.json`."""
+    """The judge's figures on held-out pairs, measured once and kept as `measured_<name>.json`."""
     path = folder / f"measured_{name}.json"
-    if not path.exists():
+    if not path.exists() or json.loads(path.read_text()).get("weights") != facts(judge)["weights"]:
         path.write_text(json.dumps(measure(judge), indent=1) + "\n")
     return json.loads(path.read_text())
 
@@ -137,7 +138,7 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
 def made(counts: Mapping[str, int]) -> str:
     """Where stage 2's pairs came from."""
     return (
-        f"`sft` learnt from {SFT_PAIRS:,} pairs' traces. Of {counts['instances']:,} other pairs {counts['pairs']} gave `dpo` an "
+        f"`sft` learnt from {SFT_PAIRS:,} pairs' traces. Of {counts['instances']:,} pairs, drawn anew as well, {counts['pairs']} gave `dpo` an "
         f"example: in {counts[pairs.ONE_RIGHT]} one of two sampled traces named the right winner, in "
         f"{counts[pairs.BY_REASONING]} both did and the oracle said which is nearer to its own."
     )

@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from reward_server import sft
+from reward_server.begun import begun_with
 from reward_server.families.flex import Flex
 from reward_server.families.unified import Unified2Point
 from reward_server.finetuning import MODEL
@@ -119,12 +120,17 @@ def result(about: JudgeConfig | None = None) -> Path:
 
 
 def prepare(about: JudgeConfig) -> None:
-    """Writes the examples of both stages and the untrained model, where they are missing."""
+    """Writes the examples of all stages and the untrained model, where they are missing."""
     folder = about.folder
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "describe.txt").write_text(judge_trace.DESCRIBE + "{prompt}")  # there is no prompt
     if not (folder / "untrained" / "prompt.txt").exists():
         save(new_model(about.seed), folder / "untrained")
+    begun_with(
+        folder / "examples.json",
+        {name: value for name, value in asdict(about).items() if name != "build"},
+        f"remove {folder} to begin anew, or give another --build",
+    )
     if all((folder / f"{stage}.jsonl").exists() for stage in STAGES):
         return
     pictures = material(about)
@@ -155,7 +161,7 @@ def _launch(stage: str, about: JudgeConfig, processes: int) -> None:
     """Trains a stage in several processes, which average their gradients. Raises ValueError where that fails."""
     # Most of a step are small operations, at each of which two threads of one process would wait for each other.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += ["-m", "testbed.train_judge", f"--stage={stage}", f"--processes={processes}", f"--build={about.build}"]
+    command += ["-m", "testbed.train_judge", f"--stage={stage}", f"--build={about.build}"]
     ended = subprocess.run(command, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
     if ended:
         raise ValueError(f"the stage {stage!r} ended with status {ended}; start the same command again to go on")
@@ -170,7 +176,7 @@ def main() -> None:
     options = parser.parse_args()
     about = JudgeConfig(build=options.build)
     if options.stage:
-        sft.train(config(options.stage, about, options.processes))
+        sft.train(config(options.stage, about, int(os.environ.get("WORLD_SIZE", "1"))))
     elif options.draw:
         prepare(about)
     else:

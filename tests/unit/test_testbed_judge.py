@@ -26,7 +26,7 @@ from testbed import scenes as world
 from testbed.judge_data import Bank, Material, Pair
 from testbed.judge_loop import collate
 from testbed.judge_model import PICTURES, new_model, new_tokenizer, patches, reply_ids, request_ids, token_ids
-from testbed.measure_judge import ask, card_of, score, summary
+from testbed.measure_judge import ask, card_of, facts, score, summary
 from testbed.oracle_judge import OracleJudge
 from testbed.oracle_replies import Judging
 from testbed.preference import Score
@@ -134,6 +134,16 @@ def test_the_recipe_makes_the_judge_from_untrained_weights(
     for before, after in pairwise(weights):
         assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
     assert [line["step"] for line in finetuning.read_metrics(last.parent)] == [1, 2]
+
+
+def test_examples_of_another_amount_are_not_trained_on(
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_judge, "material", lambda _: material)
+    about = JudgeConfig(build=tmp_path, pairs=4, scored=2, more_pairs=4, more_scored=2)
+    train_judge.prepare(about)
+    with pytest.raises(ValueError, match="pairs is 5, not 4"):
+        train_judge.prepare(replace(about, pairs=5))
 
 
 def test_a_swapped_pair_has_the_opposite_winners(pairs: list[Pair]) -> None:
@@ -280,6 +290,7 @@ def test_a_judge_without_sense_is_measured_without_a_parsed_reply(pairs: list[Pa
 def test_the_saved_card_says_what_was_measured_and_how_the_judge_was_trained() -> None:
     text = (OUTPUT / "README.md").read_text()
     assert text == card_of(OUTPUT)  # else: python -m testbed.measure_judge --readme
+    assert json.loads((OUTPUT / "measured.json").read_text())["weights"] == facts(OUTPUT)["weights"]
     assert "| describe | 52,000 pictures | 3,000 steps | 48 x 2 | 0.002 |" in text
     assert "| dpo | of 1,000 pairs | 1 epoch | 12 x 2 | 2e-05 |" in text
 
