@@ -100,7 +100,7 @@ class GroupMedia:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutGroup(GroupMedia):
-    """G siblings of one prompt, sampled by one policy version."""
+    """G siblings of one prompt, sampled by one policy version. Where learners are given it, ``media_G`` is empty."""
 
     conditioning: Mapping[str, torch.Tensor]
     """The prompt's encoding, batch dimension 1, shared by the siblings."""

@@ -119,7 +119,7 @@ to compare two; the order is random, and pairs in which neither is better are le
 
 These weights were begun with 4,000 and 6,000 steps, cut to 1,600 at step 700 of the first stage and to 3,600 at step 800 of
 the second, whose last 2,800 steps had two threads instead of one. The judge of pictures that they began with was an earlier
-one, as good, of the same shape.
+one of the same shape.
 
 Rebuild with `python -m testbed.train_video_judge`, measure with `python -m testbed.measure_video_judge --card`. Training is
 bfloat16 autocast, so a rebuild gives like, not identical, weights.

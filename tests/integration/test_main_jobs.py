@@ -119,6 +119,6 @@ def test_the_tiny_judge_of_clips_is_mostly_right(clip_judge: RunningJudge) -> No
 
 
 def test_the_tiny_judge_of_pictures_is_mostly_right(tmp_path: Path) -> None:
-    """Its card has .957."""
+    """Its card has .913."""
     with served(shapes_image.config(), tmp_path) as running:
-        assert clearly_right(shapes_image.config(), judge_data, judge_data.Bank, running) >= 0.85
+        assert clearly_right(shapes_image.config(), judge_data, judge_data.Bank, running) >= 0.8

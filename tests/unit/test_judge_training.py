@@ -163,6 +163,12 @@ def test_the_loss_is_the_one_of_a_forward_of_our_own(config: JudgeTraining, draw
         assert trainer.compute_loss(model, dict(batch)).item() == pytest.approx(ours.item(), rel=1e-5)
 
 
+def test_the_optimizer_has_the_experiments_settings(config: JudgeTraining) -> None:
+    fit = replace(config.sft, lr=3e-4, weight_decay=0.07, beta2=0.97)
+    for group in sft_trainer(replace(config, sft=fit)).create_optimizer().param_groups:
+        assert (group["lr"], group["betas"][1]) == (3e-4, 0.97) and group["weight_decay"] in (0.07, 0.0)
+
+
 def test_pictures_and_clips_stand_in_one_batch(config: JudgeTraining) -> None:
     trainer = sft_trainer(config)
     batch = trainer.data_collator([trainer.train_dataset[k] for k in (0, 7)])

@@ -475,7 +475,8 @@ def test_with_nobody_there_most_questions_fail_unasked(tmp_path: Path) -> None:
 
     verdicts = run(scenario())
     assert {v.status for v in verdicts} == {"failed"} and len(verdicts) == 30
-    assert {v.problem for v in verdicts} == {"cannot connect", "no judge reachable"}
+    problems = Counter(v.problem for v in verdicts)
+    assert problems.keys() == {"cannot connect", "no judge reachable"} and problems["no judge reachable"] > 15
 
 
 def test_a_dead_endpoint_is_replaced_by_a_living_one(tmp_path: Path) -> None:
