@@ -40,7 +40,7 @@ def config() -> RunConfig:
         ),
         reward=BradleyTerry(weights=(1.0, 0.5, 0.1)),
         # Four optimiser steps on two groups each cost what two on four do, and learn more; then the pull to the base is not missed
-        # (LOG.md: +.171 in 52 steps, +.148 in 72 with two and a pull).
+        # (LOG.md, the judge before: +.171 in 52 steps, +.148 in 72 with two and a pull).
         objective=Nft(kl_beta=0.0),
         optimizer=replace(base.optimizer, updates_per_rollout=4),
     )
