@@ -7,7 +7,7 @@ and says nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -47,15 +47,21 @@ def parse_point2(text: str) -> Reply:
         given[axis] = value
     if not given:
         return unparsed("no score")
-    whole = {"alignment", "style"} <= set(given) and len(given) == 3
-    return Reply(status="ok", scores={a: (v,) for a, v in given.items()}) if whole else unparsed("axis missing")
+    return (
+        Reply(status="ok", scores={a: (v,) for a, v in given.items()}) if _is_whole(given) else unparsed("axis missing")
+    )
+
+
+def _is_whole(axes: Collection[str]) -> bool:
+    """Whether these are the three that are asked for: of a picture coherence is the second, of a clip maybe physics."""
+    return {"alignment", "style"} <= set(axes) and len(axes) == 3
 
 
 def parse_pair2(text: str) -> Reply:
     """UnifiedReward 2.0, two candidates: a block per axis with a number for either, adding up to 1.
 
-    Each sound axis gives its scores and its winner. The overall winner has the higher sum over three sound
-    axes; where one is nan or does not add up, that axis is left out, there is no overall winner, and
+    Each sound axis gives its scores and its winner. The overall winner has the higher sum over alignment, coherence
+    or physics, and style; where one of these is missing, is nan or does not add up, there is no overall winner, and
     ``problem`` says why. Unparsed: no axis is sound, or a number is given twice with different values.
     """
     blocks: dict[str, dict[int, float]] = {}
@@ -86,7 +92,7 @@ def _weigh(blocks: Mapping[str, Mapping[int, float]]) -> Reply:
             sound[axis] = (one, two)
     if not sound:
         return unparsed(odd or "no score")
-    whole = len(sound) == 3
+    whole = _is_whole(sound)
     totals = [sum(pair[k] for pair in sound.values()) for k in (0, 1)]
     return Reply(
         status="ok",

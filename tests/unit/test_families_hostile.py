@@ -107,6 +107,8 @@ CORPUS: list[tuple[ChatFamily, str, Any]] = [
     (Unified2Pair(), PAIR2.replace("0.43", "nan"), None),
     (Unified2Pair(), PAIR2.replace("0.43", "0.9"), None),
     (Unified2Pair(), PAIR2[:-20], None),
+    (Unified2Pair(), PAIR2.replace("Alignment", "Physics"), None),  # three sound axes, but not the three
+    (Unified2Pair(), PAIR2.replace("0.57", "nan") + "\nPhysics Score:\n Image 1: 0.9\n Image 2: 0.1", None),
     (Unified2Pair(), PAIR2.replace("0.", "n"), "score is no number"),
     (Unified2Pair(), " Image 1: 0.4\n Image 2: 0.6", "no score"),
     (Unified2Pair(), PAIR2 + "\n Image 2: 0.9", "two answers"),
