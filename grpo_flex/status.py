@@ -22,6 +22,8 @@ BEAT_S = 10.0
 """Between two signs of life in status.json, however long a phase takes."""
 GONE_S = 60.0
 """Without a sign for so long, a run on another host counts as dead: whether its process lives cannot be seen from here."""
+OVER = ("finished", "stopped")
+"""Phases of a run whose process has said farewell."""
 RECENT = 10
 """Steps over which the time of a step is averaged."""
 
@@ -110,7 +112,7 @@ def running_pid(run_dir: Path) -> int | None:
         Elsewhere: one on another host does, or did until a moment ago.
     """
     state = _read_json(run_dir / STATUS)
-    if not state or state.get("phase") in ("finished", "stopped"):
+    if not state or state.get("phase") in OVER:
         return None
     if (alive := _alive(state)) is None and (left := GONE_S - (time.time() - state["time"])) > 0:
         raise Elsewhere(
@@ -209,13 +211,15 @@ def status(run_dir: str | Path, out: TextIO | None = None) -> None:
     lines = [("", f"{run_dir.name}: step {done} of {total}")]
     lines += [("process", _process_text(state)), ("phase", _phase_text(state))]
     lines += _pace_lines(rows[-RECENT:])
-    if state.get("eta_s") and _alive(state) is not False:
+    works = bool(state) and state["phase"] not in OVER and _alive(state) is not False
+    if state.get("eta_s") and works:
         lines.append(("ETA", duration(state["eta_s"])))
     lines += [("held-out", text) for text in _before_after(rows)]
     lines.append(("checkpoint", str(last[1]) if (last := last_checkpoint(run_dir)) else "none yet"))
     lines += _mirror_lines(run_dir)
-    lines += [("worker", f"{name}: {what}") for name, what in state.get("workers", {}).items()]
-    lines += [("judge", f"{name}: {what}") for name, what in state.get("judge", {}).items()]
+    then = "" if works else ", when last seen"
+    lines += [("worker", f"{name}: {what}{then}") for name, what in state.get("workers", {}).items()]
+    lines += [("judge", f"{name}: {what}{then}") for name, what in state.get("judge", {}).items()]
     _print_lines(lines, out)
 
 
@@ -245,7 +249,7 @@ def _process_text(state: Mapping[str, Any]) -> str:
     if not state:
         return "unknown: the run wrote no status.json"
     where = f"pid {state['pid']} on {state['host']}"
-    if state["phase"] in ("finished", "stopped"):
+    if state["phase"] in OVER:
         return f"ended ({where})"
     alive = _alive(state)
     if alive is None:

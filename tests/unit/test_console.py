@@ -192,8 +192,10 @@ def test_status_of_a_process_that_is_gone(tmp_path: Path, change: dict[str, obje
     console = Console(20, run_dir=run, out=io.StringIO())
     console.phase("rollout")
     path = run / "status.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    assert expected in printed(status, run)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"workers": {"rollout-0": "alive"}} | change))
+    text = printed(status, run)
+    assert expected in text
+    assert ("rollout-0: alive, when last seen" in text) == ("host" not in change)
 
 
 def test_status_without_status_json_and_of_no_run(tmp_path: Path) -> None:
