@@ -526,6 +526,12 @@ class RunConfig:
     def problems(self) -> Iterator[Problem]:
         if not self.name or "/" in self.name or self.name.startswith("."):
             yield "name", f"is {self.name!r}; it names a directory below runs_dir, so it needs a plain file name"
+        if "://" in self.runs_dir:
+            yield (
+                "runs_dir",
+                f"is {self.runs_dir!r}; a run works in a folder of a file system: leave it at one, and name a store in "
+                "checkpoint.mirror, where the run is copied after each checkpoint",
+            )
         if self.steps < 1:
             yield "steps", f"is {self.steps}; a run needs at least 1 training step, or nothing would be learnt"
         yield from self._heldout_size()

@@ -98,6 +98,10 @@ def invalid(config: RunConfig) -> list[tuple[RunConfig, str]]:
     return [
         (replace(config, steps=0), "steps is 0; a run needs at least 1"),
         (replace(config, name="a/b"), "name is 'a/b'; it names a directory"),
+        (
+            replace(config, runs_dir="s3://b/runs"),
+            "runs_dir is 's3://b/runs'; a run works in a folder of a file system",
+        ),
         (replace(config, sampling=replace(sampling, group_size=1)), "sampling.group_size is 1; group-relative"),
         (replace(config, sampling=replace(sampling, eval_steps=0)), "sampling.eval_steps is 0"),
         (
