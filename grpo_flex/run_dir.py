@@ -155,10 +155,25 @@ def basis_of(config: RunConfig, train: Sequence[Prompt], heldout: Sequence[Promp
     return {
         "seed": str(config.seed),
         "generator.model": Path(getattr(config.generator, "model", "")).name,  # it may lie elsewhere on another machine
+        **_spelt("generator", config.generator, SAMPLED),
+        "adapter": type(config.adapter).__name__,
+        **_spelt("adapter", config.adapter, SHAPED),
         "prompts.per_step": str(config.prompts.per_step),
         "prompts.train": fingerprint(train),
         "prompts.heldout": fingerprint(heldout),
     }
+
+
+SAMPLED = ("height", "width", "frames", "guidance", "guidance_2", "boundary", "negative")
+"""Of a generator: with others its samples are not those that the adapter was trained on."""
+SHAPED = ("rank", "alpha", "targets")
+"""Of an adapter: with others the weights of a checkpoint do not fit, or mean something else."""
+
+
+def _spelt(name: str, part: object, names: Sequence[str]) -> dict[str, str]:
+    values = {f"{name}.{of}": getattr(part, of) for of in names if hasattr(part, of)}
+    # 64 and 64.0 are one number, whoever wrote it: an experiment, a command line, a JSON file.
+    return {of: f"{value:.12g}" if isinstance(value, int | float) else repr(value) for of, value in values.items()}
 
 
 def check_basis(resume: Path, done: int, before: Mapping[str, str], now: Mapping[str, str]) -> None:

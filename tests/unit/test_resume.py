@@ -15,11 +15,11 @@ import pytest
 
 from grpo_flex import checkpoint, run
 from grpo_flex.__main__ import main
-from grpo_flex.config import RunConfig
+from grpo_flex.config import Adapter, ConfigError, Full, RunConfig
 from grpo_flex.config_file import to_json
 from grpo_flex.generators.flux import Flux
 from grpo_flex.prompts import read_prompts
-from grpo_flex.run_dir import SPACE_MB, basis_of, rewrite
+from grpo_flex.run_dir import SPACE_MB, basis_of, check_basis, rewrite
 from tests.configs import judge_of
 from tests.one_process import StandInJudge, in_one_process
 from tests.tiny import write_prompts
@@ -78,6 +78,11 @@ def a_lost_line(folder: Path, config: RunConfig) -> list[str]:
 REFUSED: list[tuple[Change, str]] = [
     (lambda *_: ["seed=5"], "seed is now 5, and was 7"),
     (lambda *_: ["prompts.per_step=3"], "prompts.per_step is now 3, and was 2"),
+    (lambda *_: ["adapter.alpha=5"], "adapter.alpha is now 5, and was "),
+    (lambda *_: ["adapter.rank=5"], "adapter.rank is now 5, and was "),
+    (lambda *_: ["adapter.targets=attn.to_q"], r"adapter.targets is now \('attn.to_q',\), and was "),
+    (lambda *_: ["generator.height=64"], "generator.height is now 64, and was "),
+    (lambda *_: ["generator.guidance=1"], "generator.guidance is now 1, and was "),
     (another_model, "generator.model is now .*other, and was .*tiny_flux"),
     (another_file, "prompts.train is now 12 prompts .*, and was 10 prompts"),
     (another_text, "prompts.train is now 10 prompts .*, and was 10 prompts"),
@@ -108,9 +113,22 @@ def test_what_is_no_part_of_it_may_change(own: RunConfig, tmp_path: Path, capsys
     changed = [
         "steps=1", f"prompts.train={moved}", "optimizer.lr=0.5", "evaluation.every=9", "placement.rollout_workers=1",
         "judge.server=none", "judge.endpoints=http://127.0.0.1:9/v1", "checkpoint.every=7", "objective.clip=0.1",
+        "generator.memory.vae_tiling=true",
     ]  # fmt: skip
     assert main(["train", "--resume", str(run_dir), *changed]) == 2
     assert GOES_ON in capsys.readouterr().err
+
+
+def test_another_kind_of_training_is_refused(own: RunConfig) -> None:
+    now = basis(replace(own, adapter=Full()))
+    with pytest.raises(ConfigError, match="adapter is now Full, and was Adapter"):
+        check_basis(Path("runs/x"), 1, basis(own), now)
+
+
+def test_whole_numbers_may_be_written_without_a_point(own: RunConfig) -> None:
+    assert isinstance(own.adapter, Adapter)
+    one, other = (replace(own, adapter=replace(own.adapter, alpha=alpha)) for alpha in (8, 8.0))
+    assert basis(one) == basis(other)
 
 
 def test_a_checkpoint_of_an_earlier_version_says_nothing_of_it(
