@@ -208,11 +208,17 @@ class Whole:
 
     @contextmanager
     def _lent(self, values: Sequence[Tensor]) -> Iterator[None]:
+        import torch
+
         self._hold(values)
         try:
             yield
         finally:
             self._hold(self._masters)
+            if self.split:
+                # A backward pass that follows gathers on a stream of its own, which waits for passes and not for this.
+                for device in {p.device for p in self._working if p.is_cuda}:
+                    torch.cuda.current_stream(device).synchronize()
 
     def base(self) -> AbstractContextManager[None]:
         assert self.has_base, "adapter.keep_base is false, which a validated configuration has only where nobody asks"
