@@ -21,6 +21,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -119,17 +120,26 @@ def arguments(config: JudgeTraining, fit: Fit, folder: Path) -> dict[str, Any]:
 
 def processes() -> PartialState:
     """How many processes train together, and which this one is."""
-    # Without `cpu` each of several processes on CPUs would think itself alone.
-    return PartialState(cpu=not torch.accelerator.is_available())
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        # A judge is exported from a checkpoint, so this has to hold whole weights, whatever the launcher's file says.
+        os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"
+    # Without `cpu` each of several processes on CPUs would think itself alone. The first call sets how long one waits for
+    # the others, of which the main one exports a large judge.
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=2))
 
 
 def begin(config: JudgeTraining, fit: Fit, folder: Path, source: Path, data: Path) -> None:
     """Writes down what the stage is begun with, or compares with what it was begun with.
 
     Raises:
-        ValueError: the folder holds a stage with other settings or other data.
+        ValueError: the folder holds a stage with other settings or other data, or one process sees several GPUs.
     """
-    if not processes().is_main_process:
+    if (alone := processes()).num_processes == 1 and (seen := torch.cuda.device_count()) > 1:
+        raise ValueError(
+            f"this process sees {seen} GPUs and can use one: set CUDA_VISIBLE_DEVICES=0, or start a process for each with "
+            f"accelerate launch --num_processes {seen} -m reward_server …"
+        )
+    if not alone.is_main_process:
         return
     names = ("image", "video", "questions", "lora", "train_vision", "seed")
     shared = {name: repr(getattr(config, name)) for name in names}

@@ -19,7 +19,9 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from PIL import Image
+from torch.distributed.fsdp import StateDictType
 from transformers import AutoModelForImageTextToText
 
 from reward_server import dpo, examples, finetuning, judge_training, pairs, sft
@@ -385,6 +387,22 @@ def config():
     return JudgeTraining(name="two", output={output!r}, model={model!r}, image=wording,
                          video=replace(wording, medium="video"), sft=fit, gradient_checkpointing=False, wandb="disabled")
 """
+
+
+def test_one_process_that_sees_several_gpus_is_refused_and_nothing_is_begun(
+    config: JudgeTraining, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(ValueError, match=r"sees 4 GPUs.*CUDA_VISIBLE_DEVICES=0.*--num_processes 4"):
+        sft.train(config)
+    assert not (config.folder / "sft").exists()
+
+
+def test_what_fsdp_saves_is_whole_whatever_its_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
+    finetuning.processes()
+    assert FullyShardedDataParallelPlugin(fsdp_version=2).state_dict_type is StateDictType.FULL_STATE_DICT
 
 
 def test_two_processes_learn_what_one_does_with_twice_the_batches(config: JudgeTraining, tmp_path: Path) -> None:
