@@ -88,11 +88,13 @@ check: setup  ## ruff and pyright
 	$(VENV)/bin/pyright
 
 # Tests with processes mostly wait for these to start, so the others run beside them, with what they leave of the processor.
-test: environments  ## every test, on the CPU: two pytests side by side
-	@nice -n 19 $(PY) -m pytest tests/unit tests/invariants tests/gpu > .tests.log 2>&1 & others=$$!; \
+# A GPU's tests are a pytest of their own: the others do not see it (tests/conftest.py).
+test: environments  ## every test: two pytests side by side on the CPU, then a GPU's
+	@nice -n 19 $(PY) -m pytest tests/unit tests/invariants > .tests.log 2>&1 & others=$$!; \
 	trap "kill $$others" INT TERM; \
 	$(PY) -m pytest tests/integration; first=$$?; \
-	echo "the other tests, which ran beside these:"; wait $$others; second=$$?; cat .tests.log; exit $$((first || second))
+	echo "the other tests, which ran beside these:"; wait $$others; second=$$?; cat .tests.log; \
+	$(PY) -m pytest tests/gpu; exit $$((first || second || $$?))
 
 chaos: setup  ## the chaos test in full: STEPS=200 SEED=0, tens of minutes
 	CHAOS_STEPS=$(or $(STEPS),200) CHAOS_SEED=$(or $(SEED),0) $(PY) -m pytest tests/integration/test_chaos.py
