@@ -131,13 +131,22 @@ class Console:
 
     @property
     def pace(self) -> str:
-        """Seconds of a step and of its phases, and the last checkpoint: what the bar's second line ends with."""
+        """Seconds of a step and of its phases: what the bar's second line goes on with."""
         seconds = self.seconds_per_step
         phases = phase_seconds(self._shown)
         parts = [f"{seconds:.1f} s a step"] if seconds is not None else []
         parts += [" · ".join(f"{name} {value:.1f} s" for name, value in phases.items())] if phases else []
+        return "  ".join(parts)
+
+    @property
+    def standing(self) -> str:
+        """The last checkpoint, and how many processes and endpoints of the judge are well: what the line ends with."""
         last = None if self._run_dir is None else last_checkpoint(self._run_dir)
-        parts += [f"checkpoint of step {last[0]}"] if last else []
+        parts = [f"checkpoint of step {last[0]}"] if last else []
+        for name, word in (("workers", "alive"), ("judge", "healthy")):
+            said = self._states[name].values()
+            well = sum(str(what).startswith(word) for what in said)
+            parts += [f"{name} {well}/{len(said)} {word}"] if said else []
         return "  ".join(parts)
 
     @property

@@ -33,7 +33,7 @@ def view(out: TextIO, clock: Callable[[], float]) -> Bar | Lines:
 
 
 class Bar:
-    """rich's progress bar, and below it a line on pace and checkpoint, and on what is not well."""
+    """rich's progress bar, and below it a line on what is not well, on pace, checkpoint, workers and judge."""
 
     def __init__(self, out: TextIO):
         from rich.console import Console as Terminal
@@ -55,7 +55,7 @@ class Bar:
     def refresh(self, console: Console) -> None:
         fields: dict[str, Any] = console.fields()
         self._progress.update(self._task, completed=console.done, **fields)
-        self._below = _below(console.troubles, console.pace)
+        self._below = _below(console.troubles, console.pace, console.standing)
 
     def step(self, console: Console, numbers: Mapping[str, float]) -> None:
         self.refresh(console)
@@ -68,11 +68,11 @@ class Bar:
         self._live.stop()
 
 
-def _below(troubles: str, pace: str) -> Text:
+def _below(troubles: str, pace: str, standing: str) -> Text:
     """Troubles come first: the line ends where the terminal does."""
     from rich.text import Text
 
-    parts = [Text(troubles, "yellow"), Text(pace, "dim")]
+    parts = [Text(troubles, "yellow"), Text(pace, "dim"), Text(standing, "dim")]
     line = Text("  ").join(part for part in parts if part)
     line.no_wrap, line.overflow = True, "ellipsis"
     return line
@@ -94,7 +94,10 @@ def _progress() -> Progress:
 
 
 class Lines:
-    """One line per step for logs, not more often than every ``LINE_EVERY`` seconds."""
+    """One line per step for logs, not more often than every ``LINE_EVERY`` seconds.
+
+    It also names what is not well; after an evaluation the last checkpoint and how many workers and endpoints are well.
+    """
 
     def __init__(self, out: TextIO, clock: Callable[[], float]):
         self._out, self._clock = out, clock
@@ -133,4 +136,6 @@ def _line(console: Console, numbers: Mapping[str, float], evaluated: bool) -> st
     parts += [f"{pace:.1f} s/step"] if pace is not None else []
     phases = phase_seconds(dict(numbers))
     parts += [" ".join(f"{name} {seconds:.1f}" for name, seconds in phases.items())] if phases else []
-    return "  ".join([*parts, f"ETA {fields['eta']}"] if fields["eta"] else parts)
+    parts += [f"ETA {fields['eta']}"] if fields["eta"] else []
+    parts += [console.standing] if evaluated and console.standing else []
+    return "  ".join([*parts, console.troubles] if console.troubles else parts)

@@ -23,7 +23,7 @@ from tests.integration.processes import descendants, experiment_file, rows, star
 STEPS = 6
 SLOW = OracleJudge(latency_s=0.5)
 """Slow enough that a kill finds questions under way."""
-AWAY_S = 5.0
+AWAY_S = 10.0
 
 
 def with_judge(folder: Path, steps: int = STEPS, workers: int = 1, **changes: Any) -> RunConfig:

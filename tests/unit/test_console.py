@@ -65,6 +65,22 @@ def test_evaluations_the_last_step_and_notes_always_show() -> None:
     assert lines[-2:] == ["[bold] is no markup", "finished at step 12 of 12"]
 
 
+def test_a_log_says_how_workers_judge_and_checkpoint_stand(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step_000004").mkdir(parents=True)
+    out, clock = io.StringIO(), Clock()
+    with Console(9, 4, "shapes", run_dir=tmp_path, out=out, clock=clock) as console:
+        console.workers({"learner": "alive", "rollout-0": "alive, restarted once", "rollout-1": "alive"})
+        console.judge({"http://one/v1": "healthy, 3 in flight"})
+        clock.now += 20
+        console.step(5, {"reward/mean": 0.5})
+        console.workers({"learner": "alive", "rollout-0": "restarting", "rollout-1": "alive"})
+        clock.now += 20
+        console.step(6, {"reward/mean": 0.5, "heldout/oracle": 0.75})
+    usual, evaluated = out.getvalue().splitlines()[1:3]
+    assert usual.endswith("rollout-0 alive, restarted once") and "checkpoint" not in usual
+    assert "checkpoint of step 4  workers 2/3 alive  judge 1/1 healthy  rollout-0 restarting" in evaluated
+
+
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
@@ -96,7 +112,7 @@ def test_below_the_bar_stand_pace_checkpoint_and_what_is_not_well(
         console.judge({"http://one/v1": "healthy, 3 in flight", "http://two/v1": "open: nothing is sent to it"})
     shown = out.getvalue()
     troubles = "rollout-0 alive, restarted once  rollout-1 restarting  judge http://two/v1 away"
-    pace = "30.0 s a step  rollout 20.0 s · update 9.0 s  checkpoint of step 4"
+    pace = "30.0 s a step  rollout 20.0 s · update 9.0 s  checkpoint of step 4  workers 2/3 alive  judge 1/2 healthy"
     assert f"{troubles}  {pace}" in re.sub(r"\x1b\[[\d;]*m", "", shown) and "http://one" not in shown
 
 
