@@ -108,11 +108,12 @@ def _check_hardware(config: RunConfig, arguments: argparse.Namespace) -> None:
 
 def _dry_run(config: RunConfig) -> int:
     """Everything that can be checked without starting anything."""
-    from grpo_flex.prompts import read_prompts
+    from grpo_flex.prompts import PromptStream, read_prompts
     from grpo_flex.run import quieten
 
     quieten()
     read = {name: read_prompts(getattr(config.prompts, name), f"prompts.{name}") for name in ("train", "heldout")}
+    PromptStream(read["train"], config.prompts.per_step, config.seed)
     counts = {name: len(prompts) for name, prompts in read.items()}
     here = Path(getattr(config.generator, "model", "")).is_dir()
     if here:
