@@ -69,4 +69,9 @@ def spell(hint: Any) -> str:
         return " or ".join(map(spell, typing.get_args(hint)))
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        args = typing.get_args(hint)
+        if args[1:] == (...,):
+            return "a tuple, such as (one,)" if args[0] is Any else f"a tuple, each entry {spell(args[0])}"
+        return f"({', '.join(map(spell, args))})"
     return str(hint).replace("typing.", "").replace("NoneType", "none")

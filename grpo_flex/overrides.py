@@ -45,7 +45,8 @@ def _assign(part: Any, names: list[str], text: str, path: str) -> Any:
     if rest and _holds_parts(value):
         return replace(part, **{name: _assign_entry(value, rest, text, path)})
     if rest and not nested:
-        raise ConfigError(f"'{path}' goes too deep: '{name}' is {value!r}, which has no fields")
+        instead = "; put an object there in the experiment file" if value is None and _may_be_none(part, name) else ""
+        raise ConfigError(f"'{path}' goes too deep: '{name}' is {value!r}, which has no fields{instead}")
     if rest:
         return replace(part, **{name: _assign(value, rest, text, path)})
     if nested and text.lower() == "none" and _may_be_none(part, name):
@@ -91,6 +92,8 @@ def _read(text: str, hint: Any, path: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if typing.get_origin(hint) is tuple:
+        if isinstance(value, str) and value == text:  # a,b as a shell's user writes a list
+            value = tuple(part.strip() for part in text.split(",") if part.strip())
         value = tuple(value) if isinstance(value, list | tuple) else (value,)
     if not fits(value, hint):
         raise ConfigError(f"{path}={text}: '{path}' needs {spell(hint)}")
