@@ -24,6 +24,7 @@ def rules_between_parts(config: RunConfig) -> Iterator[Problem]:
     yield from _cards(config)
     yield from _who_judges(config)
     yield from _scorers(config)
+    yield from _unread(config)
     if config.judge is not None:
         yield from _anchors(config)
         yield from _criteria(config)
@@ -282,6 +283,18 @@ def _scorers(config: RunConfig) -> Iterator[Problem]:
     names = [label(scorer) for scorer in config.scorers]
     for name in sorted({n for n in names if names.count(n) > 1}):
         yield "scorers", f"holds two that are called {name!r}; give each a field or attribute `name` of its own"
+
+
+def _unread(config: RunConfig) -> Iterator[Problem]:
+    """Rewards that count wins read verdicts on two siblings, and a scorer's are on one."""
+    rewards = [reward for _, reward in _rewards("reward", config.reward)]
+    if config.scorers and all(isinstance(reward, WinRate | BradleyTerry) for reward in rewards):
+        yield (
+            "scorers",
+            f"give numbers that nothing would read: reward {type(config.reward).__name__} counts wins. Set both side by side, "
+            'Several(names=("judge", "scores"), rewards=(WinRate(), Pointwise(criteria=…))) with Gdpo or WeightedSum as the '
+            "advantage, or score held-out samples alone, with evaluation.scorer",
+        )
 
 
 def _medium(config: RunConfig) -> Iterator[Problem]:

@@ -7,11 +7,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from grpo_flex.config import ConfigError, Full, RunConfig
+from grpo_flex.config import Adapter, ConfigError, Full, RunConfig
 from grpo_flex.config_file import from_json, load_experiment, to_json
 from grpo_flex.config_rules import rules_between_parts
 from grpo_flex.dynamics import Cps, FastWindow, FlowSde, Ode
@@ -19,10 +19,11 @@ from grpo_flex.generators.flux import Flux
 from grpo_flex.generators.memory import Memory
 from grpo_flex.overrides import override
 from grpo_flex.pairing import Calibrated, Pivots, Swiss
+from grpo_flex.prompts import PromptStream, read_prompts
 from grpo_flex.rewards import BradleyTerry, Consistent, Pointwise, Several
 from reward_server.families.rank_and_score import RankAndScore
 from reward_server.families.unified import Unified1Pair, Unified1Point, Unified2Pair, Unified2Point
-from tests.configs import judge_of
+from tests.configs import Brightness, judge_of
 
 # Those that train a judge are another kind (reward_server.judge_training).
 RECIPES = sorted(p for p in Path("experiments").glob("[!_]*.py") if not p.name.startswith("judge_"))
@@ -34,6 +35,8 @@ def test_every_recipe_is_valid_and_survives_json_and_pickle(path: Path) -> None:
     config.validate()
     assert from_json(to_json(config)) == config
     assert pickle.loads(pickle.dumps(config)) == config
+    prompts = read_prompts(config.prompts.train, "prompts.train")
+    assert len(PromptStream(prompts, config.prompts.per_step, config.seed).batch(0)) == config.prompts.per_step
 
 
 RECIPE = "experiments/shapes_image_flow_grpo.py"
@@ -89,6 +92,11 @@ def test_an_optional_part_can_be_switched_off() -> None:
     changed = override(load_experiment(RECIPE), ["judge.server=none", "judge.endpoints=http://h:1/v1"])
     assert judge_of(changed).server is None and judge_of(changed).endpoints == ("http://h:1/v1",)
     changed.validate()
+    two = override(changed, ["judge.endpoints=http://a:1/v1, http://b:1/v1", "adapter.targets=to_q,to_v"])
+    assert judge_of(two).endpoints == ("http://a:1/v1", "http://b:1/v1")
+    assert isinstance(two.adapter, Adapter) and two.adapter.targets == ("to_q", "to_v")
+    with pytest.raises(ConfigError, match="put an object there in the experiment file"):
+        override(changed, ["judge.server.port=7"])
     with pytest.raises(ConfigError, match="'objective' is a Grpo object"):
         override(changed, ["objective=none"])
 
@@ -102,6 +110,8 @@ def invalid(config: RunConfig) -> list[tuple[RunConfig, str]]:
             replace(config, runs_dir="s3://b/runs"),
             "runs_dir is 's3://b/runs'; a run works in a folder of a file system",
         ),
+        (replace(config, scorers=(Brightness(),)), "scorers give numbers that nothing would read: reward WinRate"),
+        (replace(config, scorers=cast(Any, Brightness())), "needs to be a tuple, such as (one,)"),
         (replace(config, sampling=replace(sampling, group_size=1)), "sampling.group_size is 1; group-relative"),
         (replace(config, sampling=replace(sampling, eval_steps=0)), "sampling.eval_steps is 0"),
         (
