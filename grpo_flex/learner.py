@@ -57,12 +57,12 @@ class BoundPolicy:
         conditioning: Conditioning,
         dynamics: Dynamics,
         weights: Weights | None = None,
-        old: Sequence[Tensor] = (),
+        old: Sequence[Tensor] | None = (),
     ) -> None:
         """
         Args:
             weights: what is trained of the model; None: an adapter that is attached to it.
-            old: θ_old in the order of the parameters; empty while θ equals it.
+            old: θ_old in the order of the parameters; empty while θ equals it, None where it is not kept.
         """
         self.model, self.conditioning, self.dynamics = model, conditioning, dynamics
         self.weights, self.old = weights, old
@@ -76,6 +76,8 @@ class BoundPolicy:
     def old_velocity(self, x: Tensor, sigma: float) -> Tensor:
         import torch
 
+        if self.old is None:
+            raise ValueError("the objective asks for old_velocity; it has to say so: needs_old: ClassVar[bool] = True")
         if not self.old and self._last and self._last[0] is x and self._last[1] == sigma:
             return self._last[2]  # the same weights at the same place: a forward pass saved
         with torch.no_grad(), self.weights.lent(self.old) if self.weights and self.old else nullcontext():
@@ -89,6 +91,11 @@ class BoundPolicy:
             return self.model.velocity(x, sigma, self.conditioning)
 
     def rescore(self, trajectories: Trajectories, k: int) -> Step:
+        if k >= len(trajectories.steps_K):
+            raise ValueError(
+                f"the objective rescores step {k} of {len(trajectories.steps_K)} that are stored; one that learns from their "
+                "density has to say so: needs_noise: ClassVar[bool] = True"
+            )
         i, x = trajectories.steps_K[k], trajectories.latents_GKNC[:, k].to(self.model.device)
         sigma, sigma_next = trajectories.sigmas[i], trajectories.sigmas[i + 1]
         taken = trajectories.next_latents_GKNC[:, k].to(self.model.device)
@@ -301,16 +308,23 @@ class Learner:
         middle = float(advantage[np.isfinite(advantage)].mean()) if keep.any() else 0.0
         advantages_G = torch.from_numpy(np.nan_to_num(advantage, nan=middle)).float().to(self.model.device)
         dynamics = self.config.sampling.dynamics
-        old = self._old if self._moved else ()
+        old = (self._old if self._moved else ()) if self.config.objective.needs_old else None
         policy = BoundPolicy(self.model, group.conditioning, dynamics, self.weights, old)
         seed = seed_for(self.config.seed, "update", step_index, group.prompt.id)
         # By pass and name, sibling after sibling.
         figures: defaultdict[tuple[int, str], list[Tensor]] = defaultdict(list)
         for part in self._parts_of(len(keep)):
             terms = self.config.objective.terms(policy, trajectories.part(part), advantages_G[part], seed)
+            passes = 0
             for k, term in enumerate(terms):
+                passes += 1
                 for name, values in self._descend(term, keep[part]).items():
                     figures[k, name].append(values.detach())
+            if passes != (told := self.config.objective.passes(trajectories)):
+                raise ValueError(
+                    f"{type(self.config.objective).__name__}.passes says {told} and its terms are {passes}: the loss would be "
+                    "divided by the wrong number"
+                )
         for (_, name), values in figures.items():
             self._seen[name] += [(index, value) for value in torch.cat(values)[keep].tolist()]
 
@@ -319,6 +333,12 @@ class Learner:
         import torch
 
         pull = {} if term.kl_G is None else {"kl": term.kl_G}
+        for name, values in {"loss_G": term.loss_G, **term.metrics, **pull}.items():
+            if values.shape != keep.shape:
+                raise ValueError(
+                    f"{type(self.config.objective).__name__} gives {name} of shape {tuple(values.shape)}; it needs one number "
+                    f"for each sibling, {tuple(keep.shape)}"
+                )
         loss_G = term.loss_G if term.kl_G is None else term.loss_G + self.kl_beta * term.kl_G
         loss_G = torch.where(keep, loss_G, 0.0)
         loss_G.sum().backward()
