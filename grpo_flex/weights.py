@@ -284,10 +284,16 @@ def attach_adapter(model: Model, config: cfg.Adapter, seed: int) -> list[nn.Para
     Fresh means B = 0: the adapted model equals the base. Dropout is 0, or the ratio would not be 1.
 
     Raises:
-        ValueError: no module of the transformer matches the targets.
+        ValueError: a transformer that takes no adapter, or no module of it matches the targets.
     """
     import torch
     from peft import LoraConfig
+
+    if not hasattr(model.transformer, "add_adapter"):
+        raise ValueError(
+            f"{type(model.transformer).__name__} takes no LoRA adapter: derive it from diffusers.loaders.PeftAdapterMixin, as "
+            "diffusers' own transformers are, or train all its weights, with adapter=Full()"
+        )
 
     torch.manual_seed(seed_for(seed, "adapter"))
     targets = list(config.targets or model.adapter_targets)

@@ -56,7 +56,8 @@ class Model(Protocol):
     """A loaded generator."""
 
     transformer: torch.nn.Module
-    """The denoiser, or all of them as one module: what the LoRA adapter is added to."""
+    """The denoiser, or all of them as one module: what the LoRA adapter is added to, by the methods of diffusers'
+    ``PeftAdapterMixin``, which its own transformers have."""
     adapter_targets: tuple[str, ...]
     """Module-name suffixes that LoRA adapts unless the experiment says otherwise."""
     latent_shape: tuple[int, int]

@@ -104,10 +104,13 @@ def stand_in(model: Any) -> Conditioning:
     """Zeros in the shapes of a prompt's encoding at its full length: what cost depends on, without a text encoder.
 
     Args:
-        model: any of this package's loaded generators; what one of them does not read does not matter to it.
+        model: any of this package's loaded generators; what one of them does not read does not matter to it. Another one
+            has a method ``stand_in()`` of its own.
     """
     import torch
 
+    if hasattr(model, "stand_in"):
+        return model.stand_in()
     config, shape = model.config, model.pipeline.transformer.config
     width = next(shape[name] for name in ("joint_attention_dim", "text_dim", "cap_feat_dim") if name in shape)
     both = "text_encoder_3" in getattr(config, "texts", ())  # SD3 puts CLIP's 77 tokens before those of T5
