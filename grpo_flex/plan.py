@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from grpo_flex.config import Full, RunConfig
+from grpo_flex.config import ConfigError, Full, RunConfig
 
 if TYPE_CHECKING:
     from grpo_flex.learner import Learner
@@ -112,14 +112,25 @@ def make_plan(config: RunConfig) -> Plan:
     """Trace one experiment: seconds for pictures, more for clips, whose decoding has many steps.
 
     Raises:
-        ConfigError: a model whose configuration is not known here.
+        ConfigError: a model whose configuration is not known here, or that is of no kind that can be traced.
     """
     from grpo_flex.generators.blank import without_weights
 
-    parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in _modules(_blank(config)).items()}
-    with without_weights():
-        learner, adapter, update, published = _learner(config)
-        worker, forward, rollout, longest, stored = _worker(config)
+    try:
+        parameters = {
+            name: sum(p.numel() for p in part.parameters()) for name, part in _modules(_blank(config)).items()
+        }
+        with without_weights():
+            learner, adapter, update, published = _learner(config)
+            worker, forward, rollout, longest, stored = _worker(config)
+    except (AttributeError, KeyError) as error:
+        if type(config.generator).__module__.startswith("grpo_flex."):
+            raise
+        raise ConfigError(
+            f"generator {type(config.generator).__name__} cannot be planned ({type(error).__name__}: {error}): it has to have a "
+            "folder of a diffusers pipeline as its `model`, and where its encodings have names of their own its loaded model "
+            "needs a method stand_in(), which gives zeros in the shapes of one (generators/blank.py)"
+        ) from error
     groups = config.prompts.per_step
     return Plan(
         config=config,

@@ -130,7 +130,10 @@ def _fewer_gpus(plan: Plan) -> str:
         return "placement.learners, each of which has a GPU of its own"
     if place.learners > 1 or place.broadcast:
         return "placement.rollout_workers and placement.learners"
-    return "placement.rollout_workers, and rollout_gpus and learner_gpus below 1 for workers that share one with the learner"
+    return (
+        "placement.colocated=true, with which the learner samples too; or placement.rollout_workers, and rollout_gpus and "
+        "learner_gpus below 1 for workers that share one with the learner"
+    )
 
 
 def _tera(flops: float) -> str:
