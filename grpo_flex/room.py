@@ -35,8 +35,8 @@ def check_room(config: RunConfig, say: Callable[[str], None]) -> None:
     _check_torch()
     try:
         plan = make_plan(config)
-    except (ConfigError, NotImplementedError, RuntimeError) as error:  # a generator that meta tensors cannot run
-        say(f"memory was not checked: {error}")
+    except Exception as error:  # whatever a generator of somebody's own does on the meta device: the run may be sound
+        say(f"memory was not checked: {type(error).__name__}: {error}")
         return
     ask = (
         "python -m grpo_flex plan says by which part, and what would help; CUDA_VISIBLE_DEVICES leaves out a small GPU"
@@ -50,6 +50,11 @@ def check_room(config: RunConfig, say: Callable[[str], None]) -> None:
         say(
             f"warning: by the plan one GPU will hold {plan.fullest() / GIB:.1f} GiB, and this machine's have "
             f"{memory / GIB:.1f} GiB; {ask}"
+        )
+    elif plan.fullest() > (free := smallest_gpu("memory.free")) > 0:
+        say(
+            f"warning: by the plan one GPU will hold {plan.fullest() / GIB:.1f} GiB, and one of this machine's has "
+            f"{free / GIB:.1f} GiB free: something else, a judge perhaps, has the rest; {ask}"
         )
 
 
@@ -72,13 +77,17 @@ def _check_torch() -> None:
     )
 
 
-def smallest_gpu() -> int:
-    """Bytes of the GPU with the least memory among those that this process may use; 0 where there is none."""
+def smallest_gpu(of: str = "memory.total") -> int:
+    """Bytes of the GPU with the least memory among those that this process may use; 0 where there is none.
+
+    Args:
+        of: or "memory.free".
+    """
     given = _given()
     try:
         sizes = [
             int(memory) * MIB
-            for index, uuid, memory in _of_each_gpu("index,uuid,memory.total")
+            for index, uuid, memory in _of_each_gpu(f"index,uuid,{of}")
             if given is None or any(name == index or uuid.startswith(name) for name in given)  # CUDA takes a prefix too
         ]
     except ValueError:  # "[N/A]": a card whose memory is the host's

@@ -29,6 +29,7 @@ def on_gpus(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     )  # fmt: skip
     monkeypatch.setattr(plan, "make_plan", lambda _: made)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     return replace(config, placement=replace(config.placement, rollout_gpus=1.0, learner_gpus=1.0))
 
@@ -39,14 +40,23 @@ def on_gpus(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
 def test_what_may_be_too_little_is_said(
     on_gpus: RunConfig, memory: int, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "smallest_gpu", lambda: memory * GIB)
+    monkeypatch.setattr(room, "smallest_gpu", lambda *_: memory * GIB)
     heard: list[str] = []
     room.check_room(on_gpus, heard.append)
     assert "".join(heard).startswith(said) and bool(heard) == bool(said)
 
 
+def test_what_another_process_holds_is_said(on_gpus: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"memory.total": 80, "memory.free": 12}
+    monkeypatch.setattr(room, "smallest_gpu", lambda of="memory.total": sizes[of] * GIB)
+    heard: list[str] = []
+    room.check_room(on_gpus, heard.append)
+    (warning,) = heard
+    assert "will hold 40.0 GiB, and one of this machine's has 12.0 GiB free: something else, a judge perhaps" in warning
+
+
 def test_what_is_too_little_is_refused(on_gpus: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "smallest_gpu", lambda: 24 * GIB)
+    monkeypatch.setattr(room, "smallest_gpu", lambda *_: 24 * GIB)
     with pytest.raises(
         ConfigError,
         match=r"30\.0 GiB on one GPU for weights and optimiser alone.*have 24\.0 GiB; .*plan.*CUDA_VISIBLE_DEVICES",
@@ -114,7 +124,7 @@ def test_a_run_whose_quantisation_is_not_installed_is_refused(
     on_gpus: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    monkeypatch.setattr(room, "smallest_gpu", lambda: 0)
+    monkeypatch.setattr(room, "smallest_gpu", lambda *_: 0)
     quantised = override(on_gpus, ["generator.memory.base_bits=8"])
     with pytest.raises(ConfigError, match=r"base_bits is 8.*pip install bitsandbytes"):
         room.check_room(quantised, print)
@@ -124,10 +134,10 @@ def test_a_run_whose_quantisation_is_not_installed_is_refused(
 
 def test_a_model_that_cannot_be_planned_stops_no_run(on_gpus: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuses(_: RunConfig) -> Plan:
-        raise ConfigError("unknown")
+        raise KeyError("keep")
 
     monkeypatch.setattr(plan, "make_plan", refuses)
-    monkeypatch.setattr(room, "smallest_gpu", lambda: 24 * GIB)
+    monkeypatch.setattr(room, "smallest_gpu", lambda *_: 24 * GIB)
     heard: list[str] = []
     room.check_room(on_gpus, heard.append)
-    assert heard == ["memory was not checked: unknown"]
+    assert heard == ["memory was not checked: KeyError: 'keep'"]
