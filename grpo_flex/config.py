@@ -330,7 +330,7 @@ class Evaluation:
     every: int = 20
     """Steps between evaluations; step 0 and the last step are always evaluated."""
     scorer: Any = None
-    """A picklable callable ``(media uint8 [F,H,W,3], Prompt) -> {"name": value}``; logged as heldout/name.
+    """A frozen dataclass or a function, ``(media uint8 [F,H,W,3], Prompt) -> {"name": value}``; logged as heldout/name.
     None: held-out samples are drawn and shown, not scored."""
     samples_per_prompt: int = 1
     height: int = 0

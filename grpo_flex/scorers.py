@@ -34,7 +34,7 @@ LAION_SIZES = ((1,), (1024, 128, 64, 16, 1))
 
 
 class Scorer(Protocol):
-    """A picklable callable. Dataclasses and functions of an importable module survive config.json as well.
+    """A callable that config.json can name: a frozen dataclass, or a function, of an importable module.
 
     Two things are optional. ``load()`` is called once before training starts, and what it raises as a ValueError is
     the user's message; ``batch(media_G, prompt)`` scores the siblings of a prompt together, one mapping for each.
