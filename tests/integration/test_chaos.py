@@ -165,6 +165,7 @@ def test_nothing_is_lost_whoever_is_killed_or_hangs(
     found = read_metrics(run_dir)
     assert [row["step"] for row in found] == list(range(STEPS + 1))
     assert checkpoint.load(run_dir)[0] == STEPS
+    assert not any(row["judge/dropped_groups"] or row["reward/masked_share"] for row in found[1:])
     assert any(row.get("perf/early_groups") for row in found)
     check_verdicts(run_dir, config)
     expected = read_metrics(straight / "runs" / "tiny")

@@ -275,7 +275,7 @@ class Bare:
 
 def test_a_generator_of_ones_own_is_planned_or_told_what_it_takes(tiny: RunConfig, tiny_plan: Plan) -> None:
     known: Any = tiny.generator
-    changes = {"height": 64, "width": 64, "max_sequence_length": 16}
+    changes: dict[str, Any] = {"height": 64, "width": 64, "max_sequence_length": 16}
     made = make_plan(replace(tiny, generator=Renamed(model=known.model, told=True, **changes)))
     assert (made.forward_flops, made.update_flops) == (tiny_plan.forward_flops, tiny_plan.update_flops)
     for generator, said in ((Renamed(model=known.model, told=False, **changes), "own_"), (Bare(), "model")):
