@@ -1,4 +1,4 @@
-"""The how-to for objectives is tried literally: its files are written, imported, configured, trained with and tested."""
+"""The how-tos are tried literally: their files are written, imported, configured, trained with and tested."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import experiments
 import grpo_flex.objectives
 from grpo_flex.__main__ import main
 from grpo_flex.config import RunConfig
@@ -20,14 +21,15 @@ from grpo_flex.config_file import from_json, load_experiment, to_json
 from grpo_flex.learner import Learner
 from grpo_flex.overrides import override
 from grpo_flex.rollout import RolloutWorker
-from grpo_flex.types import Prompt
+from grpo_flex.scorers import score_group
+from grpo_flex.types import Prompt, Verdict
 
-PAGE = Path("docs/add-an-objective.md")
+PAGE, REWARD = Path("docs/add-an-objective.md"), Path("docs/add-a-reward.md")
 MODULE = "grpo_flex.objectives.imitate"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+def blocks(language: str, page: Path = PAGE) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
 @pytest.fixture
@@ -81,5 +83,46 @@ def test_its_test_passes(written: Path) -> None:
     space: dict[str, Any] = {}
     exec(compile(blocks("python")[2], str(PAGE), "exec"), space)
     importlib.import_module(MODULE)
+    (test,) = [value for name, value in space.items() if name.startswith("test_")]
+    test()
+
+
+@pytest.fixture
+def scorer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The same of the page about rewards."""
+    made, experiment, _ = blocks("python", REWARD)
+    (tmp_path / "sharpness.py").write_text(made, encoding="utf-8")
+    monkeypatch.setattr(experiments, "__path__", [*experiments.__path__, str(tmp_path)])
+    file = tmp_path / "shapes_sharpness.py"
+    file.write_text(experiment, encoding="utf-8")
+    yield file
+    sys.modules.pop("experiments.sharpness", None)
+    if hasattr(experiments, "sharpness"):
+        delattr(experiments, "sharpness")
+
+
+def test_a_reward_and_its_experiment_are_understood(scorer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_experiment(scorer)
+    config.validate()
+    assert from_json(to_json(config)) == config
+    dry, _ = blocks("bash", REWARD)[0].strip().splitlines()
+    assert main([str(scorer) if a.endswith(".py") else a for a in dry.split()[3:]]) == 0
+    said = capsys.readouterr()
+    assert '"most": 0.3' in said.out and "and scores of Sharpness" in said.out and not said.err
+
+
+def test_a_reward_becomes_an_advantage_beside_the_judges(scorer: Path) -> None:
+    config, chance = load_experiment(scorer), np.random.default_rng(0)
+    media = [chance.integers(90, 91 + 20 * i, (1, 8, 8, 3), np.uint8) for i in range(4)]
+    scores = score_group(config.scorers[0], media, Prompt(id="p", text="a red circle"))
+    wins = [Verdict(members=pair, status="ok", winner=0.5) for pair in ((0, 1), (1, 2), (2, 3), (3, 0))]
+    rewarded = config.reward(4, [*wins, *scores], "p")
+    (advantages,), _ = config.advantage([rewarded])
+    assert list(np.argsort(advantages)) == [0, 1, 2, 3]
+
+
+def test_a_rewards_test_passes(scorer: Path) -> None:
+    space: dict[str, Any] = {}
+    exec(compile(blocks("python", REWARD)[2], str(REWARD), "exec"), space)
     (test,) = [value for name, value in space.items() if name.startswith("test_")]
     test()
