@@ -41,6 +41,7 @@ class Reservation:
         """Every process with what it asks for, those that join later too."""
         try:
             self._group = reserve(self.bundles, 0.0 if local else config.placement.wait_s)
+            _check_judge(self.bundles, getattr(config.judge, "server", None))
         except BaseException:  # a Ctrl-C, too, gives back what was asked for
             ray.shutdown()
             raise
@@ -139,6 +140,18 @@ def _granted(group: Any, limit_s: float) -> bool:
 
 RESERVE_S = 30.0
 """How long Ray may take to reserve what is free."""
+
+
+def _check_judge(seats: dict[str, Resources], server: Any) -> None:
+    """Refuse a judge that the run would start on this cluster and that has no room beside the run, before anything is loaded.
+
+    Raises:
+        ConfigError: the cluster has too little for both.
+    """
+    asks_of_ray = getattr(server, "asks_of_ray", lambda there: [])
+    judges = {f"judge-{k}": asked for k, asked in enumerate(asks_of_ray(ray.cluster_resources()))}
+    if complaint := _too_little(seats | judges) if judges else None:
+        raise ConfigError(f"{complaint}, or judge.server.replicas; a cluster that grows: judge.server.wait_s")
 
 
 def _too_little(wanted: dict[str, Resources]) -> str | None:

@@ -236,7 +236,7 @@ def _export_only(
     from grpo_flex.placement import Reservation
 
     place = replace(config.placement, rollout_workers=0, rollout_workers_max=0)
-    alone = replace(config, placement=place, scorers=(), sampling=replace(config.sampling, batch_tokens=0))
+    alone = replace(config, judge=None, placement=place, scorers=(), sampling=replace(config.sampling, batch_tokens=0))
     reserved = stack.enter_context(Reservation(alone))
     signals.heed()  # Ray has its own idea of SIGTERM
     cluster = stack.enter_context(Cluster(alone, reserved))

@@ -71,7 +71,7 @@ class RayJudge:
         self._ray = connect(judge.ray)
         try:
             on_gpu = self._on_gpu(judge)
-            self._group = self._reserve(judge, asked := _asks(judge, on_gpu))
+            self._group = self._reserve(judge, asked := asks(judge, on_gpu))
             self._check_reachable(judge)  # once more: there may be more nodes now
         except BaseException:
             self._ray.shutdown()
@@ -195,7 +195,7 @@ RESERVE_S = 30.0
 """How long Ray may take to reserve what is free."""
 
 
-def _asks(judge: VllmJudge, on_gpu: bool) -> dict[str, float]:
+def asks(judge: VllmJudge, on_gpu: bool) -> dict[str, float]:
     """What one replica reserves. On a CPU only what ``cpu_threads`` says: vLLM's own choice is known to nobody else."""
     cpus = {"CPU": float(judge.cpu_threads)} if judge.cpu_threads else {}
     return {"GPU": float(tensor_parallel(judge))} if on_gpu else cpus

@@ -149,6 +149,13 @@ class VllmJudge:
             return [()] * self.replicas
         return machine.share_gpus(self.gpus, self.replicas, tensor_parallel(self))
 
+    def asks_of_ray(self, there: Mapping[str, float]) -> list[dict[str, float]]:
+        """What each replica will reserve on a Ray cluster that has so much in all; empty without one, or where it grows."""
+        from reward_server.on_ray import asks
+
+        on_gpu = self.device == "gpu" or (self.device == "auto" and "GPU" in there)
+        return [asks(self, on_gpu)] * self.replicas if self.ray and not self.wait_s else []
+
     def settings(self) -> Preset:
         """What the preset, or the model's own, says."""
         return preset_of(self.preset, self.model)

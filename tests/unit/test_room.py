@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo_flex import plan, room
+from grpo_flex import placement, plan, room
 from grpo_flex.config import ConfigError, RunConfig
 from grpo_flex.overrides import override
 from grpo_flex.plan import GIB, Plan, Process
+from reward_server.serve import VllmJudge
+from testbed.oracle_judge import OracleJudge
 
 
 @pytest.fixture
@@ -118,6 +120,25 @@ def test_a_judge_keeps_its_gpus_where_the_run_can_do_with_the_others(
     assert room.apart(on_gpus, ["3"], 2.5, heard.append) == [] and "judge that this run started has GPU 3" in heard[0]
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")  # whose daemon on this machine knows nothing of the judge
     assert room.apart(on_gpus, ["3"], 1.0, heard.append) == [] and len(heard) == 2
+
+
+def test_a_cluster_without_room_for_the_judge_too_is_refused_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seats = {"learner": {"GPU": 1.0}, "rollout-0": {"GPU": 1.0, "CPU": 1.0}}
+    judge = VllmJudge(preset="flex-qwen3vl-8b", replicas=2, ray_address="head:6379")
+    monkeypatch.setattr(placement.ray, "cluster_resources", lambda: {"GPU": 3.0, "CPU": 8.0})
+    with pytest.raises(
+        ConfigError, match=r"needs 4 GPUs \(learner 1, rollout-0 1, judge-0 1, judge-1 1\).*judge.server.replicas"
+    ):
+        placement._check_judge(seats, judge)
+    for other in (
+        replace(judge, wait_s=60.0),
+        replace(judge, replicas=1),
+        replace(judge, ray_address=""),
+        OracleJudge(),
+    ):
+        placement._check_judge(seats, other)
 
 
 def test_a_run_whose_quantisation_is_not_installed_is_refused(
