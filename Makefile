@@ -91,7 +91,7 @@ check: setup  ## ruff and pyright
 # A GPU's tests are a pytest of their own: the others do not see it (tests/conftest.py).
 test: environments  ## every test: two pytests side by side on the CPU, then a GPU's
 	@nice -n 19 $(PY) -m pytest tests/unit tests/invariants > .tests.log 2>&1 & others=$$!; \
-	trap "kill $$others" INT TERM; \
+	trap "kill $$others; exit 130" INT TERM; \
 	$(PY) -m pytest tests/integration; first=$$?; \
 	echo "the other tests, which ran beside these:"; wait $$others; second=$$?; cat .tests.log; \
 	$(PY) -m pytest tests/gpu; exit $$((first || second || $$?))

@@ -82,6 +82,11 @@ def _may_be_none(part: Any, name: str) -> bool:
     return next(f.default for f in fields(part) if f.name == name) is None
 
 
+def _listed(text: str) -> tuple[str, ...]:
+    """a,b as a shell's user writes a list; what has brackets or quotes of its own is one text."""
+    return (text,) if set("([{'\"") & set(text) else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def _read(text: str, hint: Any, path: str) -> Any:
     if hint is str:
         return text
@@ -92,9 +97,9 @@ def _read(text: str, hint: Any, path: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if typing.get_origin(hint) is tuple:
-        if isinstance(value, str) and value == text:  # a,b as a shell's user writes a list
-            value = tuple(part.strip() for part in text.split(",") if part.strip())
         value = tuple(value) if isinstance(value, list | tuple) else (value,)
+        if typing.get_args(hint) == (str, ...) and (value == (text,) or not fits(value, hint)):
+            value = _listed(text)
     if not fits(value, hint):
         raise ConfigError(f"{path}={text}: '{path}' needs {spell(hint)}")
     return value

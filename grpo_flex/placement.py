@@ -41,7 +41,8 @@ class Reservation:
         """Every process with what it asks for, those that join later too."""
         try:
             self._group = reserve(self.bundles, 0.0 if local else config.placement.wait_s)
-            _check_judge(self.bundles, getattr(config.judge, "server", None))
+            if not local:
+                _check_judge(self.bundles, getattr(config.judge, "server", None), announced(config))
         except BaseException:  # a Ctrl-C, too, gives back what was asked for
             ray.shutdown()
             raise
@@ -142,14 +143,14 @@ RESERVE_S = 30.0
 """How long Ray may take to reserve what is free."""
 
 
-def _check_judge(seats: dict[str, Resources], server: Any) -> None:
-    """Refuse a judge that the run would start on this cluster and that has no room beside the run, before anything is loaded.
+def _check_judge(seats: dict[str, Resources], server: Any, address: str) -> None:
+    """Refuse a judge that the run would start on its cluster and that has no room beside the run, before anything is loaded.
 
     Raises:
         ConfigError: the cluster has too little for both.
     """
-    asks_of_ray = getattr(server, "asks_of_ray", lambda there: [])
-    judges = {f"judge-{k}": asked for k, asked in enumerate(asks_of_ray(ray.cluster_resources()))}
+    asks_of_ray = getattr(server, "asks_of_ray", lambda address, there: [])
+    judges = {f"judge-{k}": asked for k, asked in enumerate(asks_of_ray(address, ray.cluster_resources()))}
     if complaint := _too_little(seats | judges) if judges else None:
         raise ConfigError(f"{complaint}, or judge.server.replicas; a cluster that grows: judge.server.wait_s")
 
@@ -202,10 +203,14 @@ def _listens(address: str, timeout_s: float = 5.0) -> bool:
         return False
 
 
+def announced(config: RunConfig) -> str:
+    """Address of the Ray cluster that the run joins; empty where it starts one of its own."""
+    return config.placement.ray_address or os.environ.get("RAY_ADDRESS", "")
+
+
 def connect(config: RunConfig, gpus: Sequence[str] = ()) -> bool:
     """Join the announced Ray cluster, or start a local one, with these GPUs or all; True if it is ours to shut down."""
-    address = config.placement.ray_address or os.environ.get("RAY_ADDRESS", "")
-    if address:
+    if address := announced(config):
         if not _listens(address):  # Ray itself goes on trying for minutes
             raise ConfigError(
                 f"no Ray cluster answers at '{address}' (placement.ray_address or RAY_ADDRESS); start one with `ray start --head`, or leave both empty for a local one"

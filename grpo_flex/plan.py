@@ -123,7 +123,7 @@ def make_plan(config: RunConfig) -> Plan:
         with without_weights():
             learner, adapter, update, published = _learner(config)
             worker, forward, rollout, longest, stored = _worker(config)
-    except (AttributeError, KeyError) as error:
+    except (AttributeError, KeyError, StopIteration) as error:
         if type(config.generator).__module__.startswith("grpo_flex."):
             raise
         raise ConfigError(

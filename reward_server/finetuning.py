@@ -134,12 +134,13 @@ def begin(config: JudgeTraining, fit: Fit, folder: Path, source: Path, data: Pat
     Raises:
         ValueError: the folder holds a stage with other settings or other data, or one process sees several GPUs.
     """
-    if (alone := processes()).num_processes == 1 and (seen := torch.cuda.device_count()) > 1:
+    there = processes()
+    if there.num_processes == 1 and (seen := torch.cuda.device_count()) > 1 and not finished(folder):
         raise ValueError(
-            f"this process sees {seen} GPUs and can use one: set CUDA_VISIBLE_DEVICES=0, or start a process for each with "
-            f"accelerate launch --num_processes {seen} -m reward_server …"
+            f"this process sees {seen} GPUs and can use one: set CUDA_VISIBLE_DEVICES=0, or start a process for each, with "
+            f"accelerate launch --num_processes {seen} in place of python"
         )
-    if not alone.is_main_process:
+    if not there.is_main_process:
         return
     names = ("image", "video", "questions", "lora", "train_vision", "seed")
     shared = {name: repr(getattr(config, name)) for name in names}

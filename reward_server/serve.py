@@ -149,12 +149,15 @@ class VllmJudge:
             return [()] * self.replicas
         return machine.share_gpus(self.gpus, self.replicas, tensor_parallel(self))
 
-    def asks_of_ray(self, there: Mapping[str, float]) -> list[dict[str, float]]:
-        """What each replica will reserve on a Ray cluster that has so much in all; empty without one, or where it grows."""
+    def asks_of_ray(self, address: str, there: Mapping[str, float]) -> list[dict[str, float]]:
+        """What each replica will reserve on the Ray cluster at this address, which has so much in all.
+
+        Empty where the replicas will be somewhere else, or may wait until the cluster has grown.
+        """
         from reward_server.on_ray import asks
 
         on_gpu = self.device == "gpu" or (self.device == "auto" and "GPU" in there)
-        return [asks(self, on_gpu)] * self.replicas if self.ray and not self.wait_s else []
+        return [asks(self, on_gpu)] * self.replicas if self.ray == address and not self.wait_s else []
 
     def settings(self) -> Preset:
         """What the preset, or the model's own, says."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 
 from grpo_flex.config import Full, RunConfig
 from grpo_flex.generators.blank import stand_in
@@ -66,16 +69,57 @@ def test_a_compiled_block_computes_the_same(config: RunConfig) -> None:
     torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["lora", "full"])
-def test_a_sharded_learner_equals_one_that_is_not(config: RunConfig, whole: bool) -> None:
-    """One rank of NCCL: FSDP2 gathers on streams of its own, and lent weights have to be back before it does."""
-    plain = with_pull(config, adapter=Full()) if whole else with_pull(config)
-    sharded = replace(plain, placement=replace(plain.placement, shard_base=True))
-    groups, ranks = sampled(config, "cpu"), Ranks(0, 1, DEVICE)
+def gradients(config: RunConfig, ranks: Ranks, shard: bool) -> list[torch.Tensor]:
+    """Of all weights, moved away from the base's, where the base's are lent between the forward and the backward pass."""
+    model: Any = config.generator.load(DEVICE)
+    weights: Any = Full().attach(model, 0)
+    masters, chance = weights.train(ranks, shard), torch.Generator().manual_seed(0)
+    assert weights.split == shard
+    with torch.no_grad():
+        for master in masters:
+            master.add_(0.1 * torch.randn(master.shape, generator=chance).to(master))
+            master.grad = torch.zeros_like(master)
+    weights.sync()
+    told, x = stand_in(model), torch.randn(4, *model.latent_shape, generator=chance).to(DEVICE)
+    loss = model.velocity(x, 0.7, told).square().sum()
+    with torch.no_grad(), weights.base():
+        model.velocity(x, 0.7, told)
+    loss.backward()
+    return [master.grad.cpu() for master in masters]
+
+
+def test_lent_weights_are_back_before_a_sharded_backward_pass(config: RunConfig) -> None:
+    """FSDP2 gathers on streams of its own. One rank is enough for that, and all of a weight is then its part."""
+    ranks = Ranks(0, 1, DEVICE)
     ranks.join(f"127.0.0.1:{free_ports('127.0.0.1', 0, 1)}", 60.0)
     try:
-        parts = learnt(Learner(sharded, DEVICE, ranks), groups)
+        sharded = gradients(config, ranks, shard=True)
     finally:
         torch.distributed.destroy_process_group()
-    for part, alone in zip(parts, learnt(Learner(plain, DEVICE), groups), strict=True):
+    for part, alone in zip(sharded, gradients(config, Ranks(), shard=False), strict=True):
         torch.testing.assert_close(part, alone, rtol=1e-3, atol=1e-5)
+
+
+def _rank(rank: int, address: str, configs: list[RunConfig], groups: list[RolloutGroup], folder: str) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(rank)
+    ranks = Ranks(rank, 2, DEVICE)
+    ranks.join(address, 60.0)
+    learners = (Learner(config, DEVICE, ranks) for config in configs)
+    torch.save([(learner.sharded, learnt(learner, groups)) for learner in learners], Path(folder) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.device_count() < 2, reason="NCCL takes no two ranks on one GPU")
+def test_two_learners_on_nccl_equal_one(config: RunConfig, tmp_path: Path) -> None:
+    """The base whole and sharded, with a LoRA adapter."""
+    plain = with_pull(config)
+    both = [replace(plain, placement=replace(plain.placement, learners=2, shard_base=shard)) for shard in (False, True)]
+    groups = sampled(config, "cpu")
+    address = f"127.0.0.1:{free_ports('127.0.0.1', 0, 1)}"
+    mp.spawn(_rank, (address, both, groups, str(tmp_path)), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    alone = learnt(Learner(plain, DEVICE), groups)
+    for found in (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)):
+        assert [sharded for sharded, _ in found] == [False, True]
+        for _, weights in found:
+            for one, two in zip(alone, weights, strict=True):
+                torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-5)

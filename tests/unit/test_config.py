@@ -23,6 +23,7 @@ from grpo_flex.prompts import PromptStream, read_prompts
 from grpo_flex.rewards import BradleyTerry, Consistent, Pointwise, Several
 from reward_server.families.rank_and_score import RankAndScore
 from reward_server.families.unified import Unified1Pair, Unified1Point, Unified2Pair, Unified2Point
+from reward_server.serve import VllmJudge
 from tests.configs import Brightness, judge_of
 
 # Those that train a judge are another kind (reward_server.judge_training).
@@ -95,6 +96,11 @@ def test_an_optional_part_can_be_switched_off() -> None:
     two = override(changed, ["judge.endpoints=http://a:1/v1, http://b:1/v1", "adapter.targets=to_q,to_v"])
     assert judge_of(two).endpoints == ("http://a:1/v1", "http://b:1/v1")
     assert isinstance(two.adapter, Adapter) and two.adapter.targets == ("to_q", "to_v")
+    served = replace(changed, judge=replace(judge_of(changed), server=VllmJudge(preset="think")))
+    server: Any = judge_of(
+        override(served, ["judge.server.gpus=0,1", 'judge.server.extra=--hf-overrides={"a":1,"b":2}'])
+    ).server
+    assert server.gpus == ("0", "1") and server.extra == ('--hf-overrides={"a":1,"b":2}',)
     with pytest.raises(ConfigError, match="put an object there in the experiment file"):
         override(changed, ["judge.server.port=7"])
     with pytest.raises(ConfigError, match="'objective' is a Grpo object"):

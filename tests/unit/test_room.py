@@ -131,14 +131,10 @@ def test_a_cluster_without_room_for_the_judge_too_is_refused_before_anything_is_
     with pytest.raises(
         ConfigError, match=r"needs 4 GPUs \(learner 1, rollout-0 1, judge-0 1, judge-1 1\).*judge.server.replicas"
     ):
-        placement._check_judge(seats, judge)
-    for other in (
-        replace(judge, wait_s=60.0),
-        replace(judge, replicas=1),
-        replace(judge, ray_address=""),
-        OracleJudge(),
-    ):
-        placement._check_judge(seats, other)
+        placement._check_judge(seats, judge, "head:6379")
+    elsewhere = replace(judge, ray_address="judges:6379")
+    for other in (elsewhere, replace(judge, wait_s=60.0), replace(judge, replicas=1), OracleJudge()):
+        placement._check_judge(seats, other, "head:6379")
 
 
 def test_a_run_whose_quantisation_is_not_installed_is_refused(
