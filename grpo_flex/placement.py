@@ -19,6 +19,7 @@ from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from grpo_flex.config import ConfigError, RunConfig
+from grpo_flex.room import elsewhere
 from grpo_flex.scorers import label
 
 Resources = dict[str, float]
@@ -42,7 +43,7 @@ class Reservation:
         try:
             self._group = reserve(self.bundles, 0.0 if local else config.placement.wait_s)
             if not local:
-                _check_judge(self.bundles, getattr(config.judge, "server", None), announced(config))
+                _check_judge(self.bundles, getattr(config.judge, "server", None), elsewhere(config))
         except BaseException:  # a Ctrl-C, too, gives back what was asked for
             ray.shutdown()
             raise
@@ -203,14 +204,9 @@ def _listens(address: str, timeout_s: float = 5.0) -> bool:
         return False
 
 
-def announced(config: RunConfig) -> str:
-    """Address of the Ray cluster that the run joins; empty where it starts one of its own."""
-    return config.placement.ray_address or os.environ.get("RAY_ADDRESS", "")
-
-
 def connect(config: RunConfig, gpus: Sequence[str] = ()) -> bool:
     """Join the announced Ray cluster, or start a local one, with these GPUs or all; True if it is ours to shut down."""
-    if address := announced(config):
+    if address := elsewhere(config):
         if not _listens(address):  # Ray itself goes on trying for minutes
             raise ConfigError(
                 f"no Ray cluster answers at '{address}' (placement.ray_address or RAY_ADDRESS); start one with `ray start --head`, or leave both empty for a local one"

@@ -23,7 +23,7 @@ def check_room(config: RunConfig, say: Callable[[str], None]) -> None:
     from grpo_flex.plan import make_plan
 
     place = config.placement
-    if _elsewhere(config) or not (place.rollout_gpus or place.learner_gpus):
+    if elsewhere(config) or not (place.rollout_gpus or place.learner_gpus):
         return
     try:
         config.generator.memory.check_installed()
@@ -118,7 +118,7 @@ def apart(config: RunConfig, taken: Sequence[str], needed: float, say: Callable[
     if not (taken and needed):
         return []
     others = [gpu for gpu in visible_gpus() if gpu not in taken]
-    if not _elsewhere(config) and needed <= len(others):
+    if not elsewhere(config) and needed <= len(others):
         return others
     say(
         f"warning: the judge that this run started has GPU {', '.join(taken)} of this machine, and Ray may give them to "
@@ -128,7 +128,7 @@ def apart(config: RunConfig, taken: Sequence[str], needed: float, say: Callable[
     return []
 
 
-def _elsewhere(config: RunConfig) -> str:
+def elsewhere(config: RunConfig) -> str:
     """Address of the Ray cluster that the run joins, if it starts none."""
     return config.placement.ray_address or os.environ.get("RAY_ADDRESS", "")
 

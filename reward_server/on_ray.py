@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ class RayJudge:
     def _on_gpu(self, judge: VllmJudge) -> bool:
         """Whether the replicas go on GPUs. Raises ValueError where they could not be reached."""
         self._check_reachable(judge)
-        return judge.device == "gpu" or (judge.device == "auto" and "GPU" in self._ray.cluster_resources())
+        return on_gpu(judge, self._ray.cluster_resources())
 
     def _check_reachable(self, judge: VllmJudge) -> None:
         nodes = [n for n in self._ray.nodes() if n["Alive"]]
@@ -193,6 +194,11 @@ class RayJudge:
 
 RESERVE_S = 30.0
 """How long Ray may take to reserve what is free."""
+
+
+def on_gpu(judge: VllmJudge, there: Mapping[str, float]) -> bool:
+    """Whether replicas go on GPUs, on a cluster that has so much in all."""
+    return judge.device == "gpu" or (judge.device == "auto" and "GPU" in there)
 
 
 def asks(judge: VllmJudge, on_gpu: bool) -> dict[str, float]:

@@ -154,10 +154,9 @@ class VllmJudge:
 
         Empty where the replicas will be somewhere else, or may wait until the cluster has grown.
         """
-        from reward_server.on_ray import asks
+        from reward_server.on_ray import asks, on_gpu
 
-        on_gpu = self.device == "gpu" or (self.device == "auto" and "GPU" in there)
-        return [asks(self, on_gpu)] * self.replicas if self.ray == address and not self.wait_s else []
+        return [asks(self, on_gpu(self, there))] * self.replicas if self.ray == address and not self.wait_s else []
 
     def settings(self) -> Preset:
         """What the preset, or the model's own, says."""

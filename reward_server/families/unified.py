@@ -47,9 +47,9 @@ def parse_point2(text: str) -> Reply:
         given[axis] = value
     if not given:
         return unparsed("no score")
-    return (
-        Reply(status="ok", scores={a: (v,) for a, v in given.items()}) if _is_whole(given) else unparsed("axis missing")
-    )
+    if not _is_whole(given):
+        return unparsed("axis missing")
+    return Reply(status="ok", scores={a: (v,) for a, v in given.items()})
 
 
 def _is_whole(axes: Collection[str]) -> bool:

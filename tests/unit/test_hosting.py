@@ -313,6 +313,7 @@ def ray_at_once() -> Any:
     seated = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=Handle))
     return SimpleNamespace(
         nodes=lambda: [{"Alive": True}],
+        cluster_resources=lambda: {"CPU": 2.0},
         remote=lambda _: seated,
         get=lambda found, timeout: found,
         wait=lambda *_, **__: None,
